@@ -1,0 +1,59 @@
+# The commands of the README. Each sets up what it needs, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PACKAGES := relay api worker cli emulator tests bench
+
+.PHONY: up test test-browser check format bench lock clean
+
+up: $(VENV)/installed
+	@exec $(BIN)/relay up
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+test-browser: $(VENV)/installed-browser
+	$(BIN)/python -m pytest -m browser
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Time to the first token, through the relay and directly, side by side.
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m bench.first_token
+
+lock: $(VENV)/installed-dev
+	sh requirements/lock.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) .relay
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'chat-relay needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo 'This Python cannot make an environment: apt-get install python3-venv'; exit 2; }
+
+# The last stamp wins: each set of requirements holds the one before it.
+$(VENV)/installed: requirements/run.txt pyproject.toml | $(VENV)/bin/python
+	@echo 'Setting up $(VENV) ...'
+	@$(PIP) install --require-hashes -r requirements/run.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/installed-dev: requirements/dev.txt $(VENV)/installed
+	@$(PIP) install --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/installed-browser: requirements/browser.txt $(VENV)/installed-dev
+	@$(PIP) install --require-hashes -r requirements/browser.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""The HTTP side: routes, the hub, viewers and the wires they watch by."""

@@ -1,0 +1,25 @@
+"""`python -m api`: one API process."""
+
+import sys
+
+from api.app import create_app
+from api.server import create_server
+from relay.errors import ConfigurationError
+from relay.logs import configure_logs
+from relay.settings import load_settings
+
+
+def main() -> int:
+    try:
+        settings = load_settings()
+        configure_logs("api", settings.log_format)
+        server = create_server(create_app(settings), settings)
+    except ConfigurationError as error:
+        sys.stderr.write(f"relay: {error.message}\n")
+        return 2
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The API as an ASGI application."""
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from api import page, problems
+from api.body_limit import BodyLimit
+from api.hub import Hub
+from api.presence import Presence
+from api.routes import Parts, router
+from relay.connection import connect
+from relay.log import Log
+from relay.logs import get_logger
+from relay.settings import Settings
+
+logger = get_logger("api")
+
+DESCRIPTION = """\
+A chat answer should outlive the connection that asked for it.
+
+`POST /chat` queues a job and returns the id of a stream. A worker asks the model service and
+appends each chunk to a log. `GET /streams/{id}/events` replays that log and follows it live, for
+any number of viewers, from any cursor, over any number of reconnects.
+
+One rule for clients: `started` means, clear what you have.
+
+Errors are RFC 9457 problems with a stable `code`.
+"""
+
+
+def _leave_no_half(task: asyncio.Task[None]) -> None:
+    """A process without its hub would accept viewers and show them nothing: better none."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("part_died", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application; it connects to Redis when it starts up, not here."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        redis = connect(settings.redis_url)
+        log = Log(
+            redis,
+            live_ms=settings.live_ms,
+            retention_ms=settings.retention_ms,
+            queue_limit=settings.queue_limit,
+        )
+        hub = Hub(
+            redis,
+            log,
+            cache_bytes=settings.cache_bytes,
+            retention_seconds=settings.retention_seconds,
+        )
+        presence = Presence(hub, log, process=secrets.token_hex(8))
+        app.state.redis = redis
+        app.state.parts = Parts(settings, log, hub, presence)
+        running = [asyncio.create_task(part.run()) for part in (hub, presence)]
+        for task in running:
+            task.add_done_callback(_leave_no_half)
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await redis.aclose()
+
+    app = FastAPI(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    problems.install(app)
+    app.include_router(router)
+    app.router.routes.extend(page.routes())
+    app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["location", "x-stream-id", "retry-after"],
+        )
+    return app

@@ -1,0 +1,31 @@
+"""The bound on the size of a request's body."""
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class BodyLimit:
+    """Pure ASGI: refuses a body over `limit_bytes` with 413 as soon as it is known to be, by its
+    announced length or by what has come."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        too_long = announced.isdigit() and int(announced) > self._limit_bytes
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if too_long or received > self._limit_bytes:
+                raise HTTPException(413, f"Send at most {self._limit_bytes} bytes.")
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,74 @@
+"""The body of POST /chat: what the chat completions API knows, and nothing else.
+
+Nothing in it can choose where the upstream call goes: `model`, like any unknown field, is refused.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+JsonObject = dict[str, Any]
+
+
+class Message(BaseModel):
+    """One message of the conversation; its content goes to the model as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[JsonObject] | None = None
+    name: str | None = None
+    tool_calls: list[JsonObject] | None = None
+    tool_call_id: str | None = None
+    function_call: JsonObject | None = None
+    refusal: str | None = None
+    audio: JsonObject | None = None
+
+
+class ChatRequest(BaseModel):
+    """The fields of a chat completion that the caller may set."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2}]
+        },
+    )
+
+    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=16)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[JsonObject] | None = None
+    function_call: str | JsonObject | None = None
+    response_format: JsonObject | None = None
+
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: JsonObject | None = None
+    modalities: list[Literal["text"]] | None = None
+    web_search_options: JsonObject | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    def to_stored(self) -> JsonObject:
+        """What the caller said, and nothing that it left out."""
+        return self.model_dump(mode="json", exclude_unset=True)

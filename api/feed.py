@@ -1,0 +1,120 @@
+"""A feed: one process' copy of one log, shared by all its viewers."""
+
+import asyncio
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+
+from relay.errors import StreamGone
+from relay.events import STARTED, Cursor, Event
+
+Encode = Callable[[Event], bytes]
+
+FRAMES_AT_ONCE = 256
+"""What a viewer takes for one write: a bound on the memory that a slow one holds."""
+
+
+class Feed:
+    """An append-only list of events, and of their frames per wire. A viewer is an index into it.
+
+    Guarantees: the events stand as in the log, dense and each once, whatever is added how often.
+    """
+
+    def __init__(self, stream_id: str) -> None:
+        self.stream_id = stream_id
+        self.events: list[Event] = []
+        self.gone: StreamGone | None = None
+        self.viewers = 0
+        self.bytes = 0
+        """About what the events and their frames on one wire take."""
+        self._latest_start = 0
+        self._frames: defaultdict[Encode, list[bytes]] = defaultdict(list)
+        self._waiters: set[asyncio.Future[bool]] = set()
+
+    @property
+    def top(self) -> Cursor | None:
+        return self.events[-1].cursor if self.events else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come: a terminal event stands, or the log is gone."""
+        return self.gone is not None or bool(self.events and self.events[-1].terminal)
+
+    def add(self, events: list[Event]) -> bool:
+        """Take in what follows the top and pass over what stands.
+
+        Returns False at a gap: the events from there on are not taken, the log has to be read.
+        """
+        dense = True
+        before = len(self.events)
+        for event in events:
+            top = self.top or Cursor(0, 0)
+            if event.cursor <= top or self.ended:
+                continue
+            if not top.leads_to(event.cursor):
+                dense = False
+                break
+            if event.kind == STARTED:
+                self._latest_start = len(self.events)
+            self.events.append(event)
+            self.bytes += 2 * len(event.data) + 300
+        if len(self.events) > before:
+            self.wake()
+        return dense
+
+    def end_as_gone(self, error: StreamGone) -> None:
+        self.gone = error
+        self.wake()
+
+    def reaches(self, cursor: Cursor) -> bool:
+        """Whether it is known how the log goes on after `cursor`. Above the top it is not: Redis
+        may have lost a tail that the worker is about to append again."""
+        return self.ended or (self.top is not None and self.top >= cursor)
+
+    def position(self, cursor: Cursor | None) -> int:
+        """The index from which a viewer goes on that has everything up to `cursor`.
+
+        Without a cursor, and with one that the log does not continue, that is the newest
+        `started`, and the viewer begins anew.
+        """
+        if cursor is None or cursor < self.events[self._latest_start].cursor:
+            return self._latest_start
+        index = bisect_right(self.events, cursor, key=lambda event: event.cursor)
+        return index if self.events[index - 1].cursor == cursor else self._latest_start
+
+    def frames(self, encode: Encode, start: int) -> list[bytes]:
+        """The next frames from an index on, some at a time; each event is encoded once a wire."""
+        frames = self._frames[encode]
+        if len(frames) < len(self.events):
+            frames += [encode(event) for event in self.events[len(frames) :]]
+        return frames[start : start + FRAMES_AT_ONCE]
+
+    def wake(self) -> None:
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            settle(waiter, True)
+
+    async def changed(self, seconds: float, *, unless: asyncio.Future[None]) -> bool:
+        """Wait for news here or for `unless` to be done; False after `seconds` of neither."""
+        if unless.done():
+            return True
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.add(waiter)
+        timer = loop.call_later(seconds, settle, waiter, False)
+
+        def end(_: asyncio.Future[None]) -> None:
+            settle(waiter, True)
+
+        unless.add_done_callback(end)
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+            unless.remove_done_callback(end)
+            self._waiters.discard(waiter)
+
+
+def settle(waiter: asyncio.Future[bool], outcome: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(outcome)

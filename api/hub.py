@@ -1,0 +1,184 @@
+"""The hub: one pub/sub connection per process, one feed per watched stream."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from api.feed import Feed
+from api.finished import Finished
+from relay import keys
+from relay.errors import StreamGone
+from relay.events import decode_batch
+from relay.listener import Listener
+from relay.log import GONE, Log
+from relay.logs import get_logger
+
+logger = get_logger("hub")
+
+PATROL_SECONDS = 5.0
+"""How often a watched log is read again: it may have expired, or Redis may have come back empty."""
+
+
+class Hub:
+    """Guarantees: every feed that it gives out grows to be the whole log, without a gap, also
+    across lost connections to Redis, or ends as gone. A viewer costs Redis nothing.
+    """
+
+    def __init__(self, redis: Redis, log: Log, *, cache_bytes: int, retention_seconds: int) -> None:
+        self._log = log
+        self._retention_seconds = retention_seconds
+        self._listener = Listener(
+            redis,
+            keys.CONTROL,
+            on_message=self._heard,
+            on_subscribed=self._subscribed,
+            on_lost=self._lost,
+        )
+        self._feeds: dict[str, Feed] = {}
+        self._finished = Finished(cache_bytes)
+        self._first_reads: dict[Feed, asyncio.Task[None]] = {}
+        self._reading: set[Feed] = set()
+        self._stale: set[Feed] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.draining = False
+
+    @property
+    def connected(self) -> bool:
+        return self._listener.connected
+
+    def viewers(self) -> dict[str, int]:
+        """stream_id -> how many viewers it has in this process."""
+        feeds = [*self._finished.feeds(), *self._feeds.values()]
+        return {feed.stream_id: feed.viewers for feed in feeds if feed.viewers}
+
+    @asynccontextmanager
+    async def watch(self, stream_id: str) -> AsyncIterator[Feed]:
+        """The feed of a stream, with all of its log that stands by now.
+
+        Raises StreamGone; RedisError if the log cannot be read now.
+        """
+        feed = self._finished.get(stream_id) or self._feeds.get(stream_id)
+        if feed is None:
+            feed = self._feeds[stream_id] = Feed(stream_id)
+            self._first_reads[feed] = self._start(self._read_first(feed))
+        feed.viewers += 1
+        try:
+            if feed in self._first_reads:
+                # Shielded: a viewer that leaves must not cancel the read that others wait for.
+                await asyncio.shield(self._first_reads[feed])
+            yield feed
+        finally:
+            feed.viewers -= 1
+            if not feed.viewers and feed not in self._first_reads:
+                self._leave(feed)
+
+    async def run(self) -> None:
+        """Keep the connection and the feeds in order until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listener.run())
+            group.create_task(self._patrol())
+
+    def drain(self) -> None:
+        """Let every viewer end, broken off, so that it comes back to another process."""
+        self.draining = True
+        for feed in [*self._finished.feeds(), *self._feeds.values()]:
+            feed.wake()
+
+    # Reading the log.
+
+    async def _read_first(self, feed: Feed) -> None:
+        try:
+            feed.add(await self._log.read(feed.stream_id))
+            if feed.ended:
+                remaining_ms = await self._log.remaining_ms(feed.stream_id)
+                self._end(feed, remaining_ms / 1000)
+            else:
+                await self._listener.add(keys.channel(feed.stream_id))
+        except (RedisError, StreamGone):
+            del self._feeds[feed.stream_id]
+            raise
+        finally:
+            del self._first_reads[feed]
+            if not feed.viewers:
+                self._leave(feed)
+
+    async def _catch_up(self, feed: Feed) -> None:
+        """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
+        self._stale.add(feed)
+        if feed in self._reading:
+            return
+        self._reading.add(feed)
+        try:
+            while feed in self._stale and not feed.ended:
+                self._stale.discard(feed)
+                feed.add(await self._log.read(feed.stream_id, feed.top))
+        except StreamGone as gone:
+            feed.end_as_gone(gone)
+        except RedisError as error:
+            # The patrol comes back to it.
+            logger.warning("log_unreadable", stream=feed.stream_id, error=type(error).__name__)
+        finally:
+            self._stale.discard(feed)
+            self._reading.discard(feed)
+        if feed.ended:
+            self._end(feed, self._retention_seconds)
+
+    async def _patrol(self) -> None:
+        while True:
+            await asyncio.sleep(PATROL_SECONDS)
+            for feed in list(self._feeds.values()):
+                await self._catch_up(feed)
+
+    # Hearing what is published.
+
+    def _subscribed(self, channel: str) -> None:
+        """What was published before the subscription stood is only in the log."""
+        if feed := self._feed_of(channel):
+            self._start(self._catch_up(feed))
+
+    def _heard(self, channel: str, message: bytes) -> None:
+        if channel == keys.CONTROL:
+            self._obey(*message.decode().split(" "))
+        elif feed := self._feed_of(channel):
+            if not feed.add(decode_batch(message)):
+                self._start(self._catch_up(feed))
+            if feed.ended:
+                self._end(feed, self._retention_seconds)
+
+    def _lost(self) -> None:
+        """What is erased from now on goes unheard here, so nothing may be kept."""
+        self._finished.clear()
+
+    def _feed_of(self, channel: str) -> Feed | None:
+        return None if channel == keys.CONTROL else self._feeds.get(keys.stream_of(channel))
+
+    def _obey(self, order: str, stream_id: str) -> None:
+        if order != "erase":
+            return
+        for feed in (self._finished.drop(stream_id), self._feeds.get(stream_id)):
+            if feed is not None:
+                feed.end_as_gone(StreamGone(GONE))
+                self._end(feed, 0)
+
+    # Letting go.
+
+    def _end(self, feed: Feed, keep_seconds: float) -> None:
+        """A feed that has ended needs no channel, and stays for those who come late."""
+        self._leave(feed)
+        if feed.gone is None and self.connected:
+            self._finished.keep(feed, keep_seconds)
+
+    def _leave(self, feed: Feed) -> None:
+        if self._feeds.get(feed.stream_id) is feed:
+            del self._feeds[feed.stream_id]
+            self._start(self._listener.drop(keys.channel(feed.stream_id)))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,177 @@
+"""Errors on the native API: RFC 9457 problem+json with a stable `code`."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from relay.errors import (
+    IdempotencyConflict,
+    MalformedCursor,
+    QueueFull,
+    RelayError,
+    StreamGone,
+    StreamUnknown,
+)
+from relay.logs import get_logger
+
+logger = get_logger("api")
+
+RETRY_SECONDS = 2
+
+_STATUS: dict[type[RelayError], int] = {
+    MalformedCursor: 400,
+    StreamUnknown: 404,
+    IdempotencyConflict: 409,
+    StreamGone: 410,
+    QueueFull: 503,
+}
+_HTTP = {
+    404: ("not_found", "See /docs for what there is."),
+    405: ("method_not_allowed", "See /docs for the methods of this path."),
+    413: ("body_too_large", None),
+}
+_TITLE = {
+    "bad_json": "The body is not JSON",
+    "body_too_large": "The body is too large",
+    "cancelled": "The stream was cancelled",
+    "draining": "This process is shutting down",
+    "idempotency_conflict": "The Idempotency-Key is taken",
+    "internal": "Something went wrong here",
+    "invalid_request": "The request is not valid",
+    "malformed_cursor": "The cursor is malformed",
+    "method_not_allowed": "The method is not allowed here",
+    "not_found": "There is nothing here",
+    "queue_full": "The queue is full",
+    "redis_away": "Redis is away",
+    "stream_gone": "The stream is gone",
+    "stream_unknown": "There is no such stream",
+}
+
+
+class Problem(BaseModel):
+    """The body of every error."""
+
+    type: str = Field(examples=["urn:chat-relay:problem:stream_gone"])
+    title: str = Field(examples=["The stream is gone"])
+    status: int = Field(examples=[410])
+    code: str = Field(description="Stable; for programs.", examples=["stream_gone"])
+    detail: str = Field(description="One sentence that says what to do.")
+    errors: list[dict[str, str]] | None = Field(
+        None, description="Which fields of the request are wrong, and why."
+    )
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    errors: list[dict[str, str]] | None = None,
+    retry_seconds: int | None = None,
+) -> Response:
+    body: dict[str, Any] = {
+        "type": f"urn:chat-relay:problem:{code}",
+        "title": _TITLE.get(code, "The answer failed"),
+        "status": status,
+        "code": code,
+        "detail": detail,
+    }
+    if errors is not None:
+        body["errors"] = errors
+    headers = {} if retry_seconds is None else {"retry-after": str(retry_seconds)}
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def problem_for(error: RelayError) -> Response:
+    status = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+    retry_seconds = RETRY_SECONDS if error.retryable else None
+    return problem(status, error.code, error.message, retry_seconds=retry_seconds)
+
+
+def redis_away() -> Response:
+    detail = "Redis does not answer: try again in a few seconds."
+    return problem(503, "redis_away", detail, retry_seconds=RETRY_SECONDS)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error bodies of a route, for its OpenAPI entry."""
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    descriptions = {
+        400: "Bad JSON or a malformed cursor",
+        404: "No stream was ever created with this id",
+        409: "The Idempotency-Key came with another body before",
+        410: "Erased, expired or lost",
+        413: "The body is over the limit",
+        422: "A field is missing, wrong or unknown; `errors` names it",
+        502: "The answer failed before its first text",
+        503: "The queue is full or Redis is away; see Retry-After",
+    }
+    return {
+        status: {"description": descriptions[status], "content": content} for status in statuses
+    }
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document. FastAPI puts a 422 of its own shape to every route with a parameter;
+    here no route has that shape, and most have nothing that could be invalid."""
+    document = FastAPI.openapi(app)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the application as a problem."""
+
+    async def on_relay_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RelayError)  # noqa: S101
+        return problem_for(error)
+
+    async def on_redis_error(_: Request, error: Exception) -> Response:
+        logger.warning("redis_away", error=type(error).__name__)
+        return redis_away()
+
+    async def on_invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101
+        return _invalid(error)
+
+    async def on_http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101
+        code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
+        return problem(error.status_code, code, detail or str(error.detail))
+
+    async def on_anything(_: Request, error: Exception) -> Response:
+        logger.error("internal_error", exc_info=error)
+        return problem(500, "internal", "This is a fault of the server; its log says more.")
+
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
+    app.add_exception_handler(RelayError, on_relay_error)
+    app.add_exception_handler(RedisError, on_redis_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_anything)
+
+
+def _invalid(error: RequestValidationError) -> Response:
+    details = error.errors()
+    if any(detail["type"] == "json_invalid" for detail in details):
+        return problem(400, "bad_json", "Send one JSON object as the body.")
+    errors = [{"field": _field(detail["loc"]), "problem": detail["msg"]} for detail in details]
+    first = errors[0]
+    sentence = f"{first['field']}: {first['problem']}."
+    return problem(422, "invalid_request", sentence, errors=errors)
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    parts = [str(part) for part in location if part != "body"]
+    return ".".join(parts) or "body"

@@ -1,0 +1,272 @@
+"""The native API."""
+
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from api.chat_request import ChatRequest
+from api.hub import Hub
+from api.presence import Presence
+from api.problems import problem, redis_away, responses
+from api.status import StreamStatus
+from api.viewer import TextViewer, Viewer
+from api.wires import native, text
+from relay.errors import StreamUnknown
+from relay.events import Cursor
+from relay.ids import is_stream_id
+from relay.log import Log
+from relay.logs import get_logger
+from relay.settings import Settings
+
+logger = get_logger("api")
+router = APIRouter()
+
+
+class Parts:
+    """What the routes work with; one per process, in `app.state.parts`."""
+
+    def __init__(self, settings: Settings, log: Log, hub: Hub, presence: Presence) -> None:
+        self.settings = settings
+        self.log = log
+        self.hub = hub
+        self.presence = presence
+
+
+class Accepted(BaseModel):
+    """A stream stands and its job is queued."""
+
+    stream_id: str
+    status: Literal["queued"] = "queued"
+    url: str = Field(examples=["/streams/ID"])
+    events_url: str = Field(examples=["/streams/ID/events"])
+    cancel_url: str = Field(examples=["/streams/ID/cancel"])
+
+
+class Cancelled(BaseModel):
+    stream_id: str
+    status: Literal["cancelling", "completed", "failed", "cancelled"]
+
+
+# Async though they wait for nothing: FastAPI runs plain functions in a thread, at the price of a
+# millisecond before the first token.
+async def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+async def _stream_id(
+    stream_id: Annotated[str, Path(description="As POST /chat returned it.")],
+) -> str:
+    if not is_stream_id(stream_id):
+        raise StreamUnknown("There is no stream with this id.")
+    return stream_id
+
+
+async def _while_responding() -> AsyncIterator[AsyncExitStack]:
+    """What is entered here is left when the response has been sent."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+PartsOfApp = Annotated[Parts, Depends(_parts)]
+StreamId = Annotated[str, Depends(_stream_id)]
+WhileResponding = Annotated[AsyncExitStack, Depends(_while_responding)]
+
+_STREAMED: dict[str, Any] = {
+    native.MEDIA_TYPE: {
+        "schema": {
+            "type": "string",
+            "description": "Server-Sent Events. `id` is the cursor, `event` one of queued, started,"
+            " chunk, completed, failed, cancelled; `data` is one JSON object.",
+        },
+        "example": 'id: 1-0\nevent: started\ndata: {"attempt":1,"model":"gpt-4o"}\n\n'
+        'id: 1-2\nevent: chunk\ndata: {"text":"Hello"}\n\n'
+        'id: 1-9\nevent: completed\ndata: {"finish_reason":"stop","usage":{"total_tokens":12},'
+        '"chunks":8,"sha256":"…"}\n\n',
+    },
+    text.MEDIA_TYPE: {
+        "schema": {"type": "string", "description": "The text itself, as it comes."},
+        "example": "Hello! How can I help?",
+    },
+}
+
+
+@router.post(
+    "/chat",
+    status_code=202,
+    response_model=Accepted,
+    summary="Ask for an answer",
+    responses={
+        200: {
+            "description": "With `Accept: text/event-stream` or `text/plain`: created and watched "
+            "in one request; the id is in X-Stream-Id. Dropping the connection does not stop the "
+            "answer, unless X-On-Disconnect asks for it.",
+            "content": _STREAMED,
+        },
+        **responses(400, 409, 413, 422, 502, 503),
+    },
+)
+async def chat(
+    body: ChatRequest,
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
+    idempotency_key: Annotated[
+        str,
+        Header(max_length=255, description="The same key and body lead to the same stream."),
+    ] = "",
+    x_on_disconnect: Annotated[
+        Literal["continue", "cancel"],
+        Header(description="What the end of this very connection means for the answer."),
+    ] = "continue",
+) -> Response:
+    """Queue a job and return the id of its stream at once.
+
+    The answer is then made by a worker, whoever watches or not.
+    """
+    request = body.to_stored()
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    created = await parts.log.create(request, idempotency_key=idempotency_key, digest=digest)
+    stream_id = created.stream_id
+    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
+    url = f"/streams/{stream_id}"
+    headers = {"location": url, "x-stream-id": stream_id}
+    viewer = _viewer_for(accept)
+    if viewer is None:
+        accepted = Accepted(
+            stream_id=stream_id, url=url, events_url=f"{url}/events", cancel_url=f"{url}/cancel"
+        )
+        return JSONResponse(accepted.model_dump(), 202, headers)
+
+    async def cancel() -> None:
+        await parts.log.cancel(stream_id)
+
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    return viewer(
+        parts.hub,
+        feed,
+        None,
+        heartbeat_seconds=parts.settings.heartbeat_seconds,
+        write_seconds=parts.settings.write_seconds,
+        headers=headers,
+        on_leave=cancel if x_on_disconnect == "cancel" else None,
+    )
+
+
+@router.get(
+    "/streams/{stream_id}/events",
+    summary="Watch a stream",
+    response_class=Response,
+    responses={
+        200: {"description": "The events after the cursor, then live.", "content": _STREAMED},
+        204: {"description": "The cursor is at the terminal event: you have it all."},
+        **responses(400, 404, 410, 502, 503),
+    },
+)
+async def events(
+    stream_id: StreamId,
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
+    last_event_id: Annotated[
+        str, Header(description="The cursor: the id of the last event that you have.")
+    ] = "",
+    last_event_id_in_query: Annotated[
+        str,
+        Query(
+            alias="last_event_id",
+            description="The same, for a first request of an EventSource; the header goes first.",
+        ),
+    ] = "",
+) -> Response:
+    """Server-Sent Events from the newest `started`, or strictly after the cursor.
+
+    `started` means: clear what you have. It begins every replay and every new attempt.
+    """
+    given = last_event_id or last_event_id_in_query
+    cursor = Cursor.parse(given) if given else None
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    if feed.ended and cursor is not None and cursor == feed.top:
+        return Response(status_code=204)
+    viewer = _viewer_for(accept) or Viewer
+    return viewer(
+        parts.hub,
+        feed,
+        cursor,
+        heartbeat_seconds=parts.settings.heartbeat_seconds,
+        write_seconds=parts.settings.write_seconds,
+        headers={"x-stream-id": stream_id},
+    )
+
+
+@router.get(
+    "/streams/{stream_id}",
+    response_model=StreamStatus,
+    summary="Look at a stream",
+    responses=responses(404, 410, 503),
+)
+async def status(stream_id: StreamId, parts: PartsOfApp) -> StreamStatus:
+    """State, text so far, usage, times, attempt, viewers, place in the queue."""
+    state = await parts.log.state(stream_id)
+    log = await parts.log.read(stream_id)
+    return StreamStatus.of(stream_id, state, log, parts.presence.total(stream_id, state))
+
+
+@router.post(
+    "/streams/{stream_id}/cancel",
+    response_model=Cancelled,
+    summary="Cancel a stream",
+    responses=responses(404, 410, 503),
+)
+async def cancel(stream_id: StreamId, parts: PartsOfApp) -> Cancelled:
+    """End the answer here: the upstream connection is closed and the partial text kept.
+
+    Idempotent. `cancelling` means that a worker is being told; `cancelled` comes to every viewer.
+    """
+    verdict = await parts.log.cancel(stream_id)
+    logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+    return Cancelled.model_validate({"stream_id": stream_id, "status": verdict})
+
+
+@router.delete(
+    "/streams/{stream_id}",
+    status_code=204,
+    summary="Erase a stream",
+    responses=responses(404, 410, 503),
+)
+async def erase(stream_id: StreamId, parts: PartsOfApp) -> Response:
+    """Prompt, answer and every trace go; if it is still running, it is stopped. Then 410."""
+    await parts.log.erase(stream_id)
+    logger.info("stream_erased", stream=stream_id)
+    return Response(status_code=204)
+
+
+@router.get("/healthz", summary="Is the process alive?")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Can it serve?", responses=responses(503))
+async def readyz(parts: PartsOfApp, request: Request) -> Response:
+    """503 while Redis does not answer and from the moment that this process shuts down."""
+    if parts.hub.draining:
+        return problem(503, "draining", "Ask another process.")
+    await request.app.state.redis.ping()
+    return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
+
+
+def _viewer_for(accept: str) -> type[Viewer] | None:
+    """The kind of viewer that an Accept header asks for by name."""
+    wanted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    for media_type in wanted:
+        if media_type == native.MEDIA_TYPE:
+            return Viewer
+        if media_type == text.MEDIA_TYPE:
+            return TextViewer
+    return None

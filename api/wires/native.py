@@ -1,0 +1,44 @@
+"""The native wire: Server-Sent Events, for EventSource, curl and anything else."""
+
+from sse_starlette import ServerSentEvent
+
+from relay.errors import RelayError
+from relay.events import FAILED, STARTED, TEXT, WHOLE, Event, first_choice_text, to_json
+
+MEDIA_TYPE = "text/event-stream"
+HEARTBEAT = b":\n\n"
+
+
+def encode(event: Event) -> bytes:
+    """`id:` is the cursor, `event:` the kind, `data:` one JSON object."""
+    if event.kind == TEXT:
+        # The stored value is a JSON string already: it goes out as it came.
+        return _frame(b'{"text":%s}' % event.data, "chunk", str(event.cursor))
+    if event.kind == WHOLE:
+        return _frame(_whole(event), "chunk", str(event.cursor))
+    if event.kind == STARTED:
+        value = event.value()
+        data = to_json({"attempt": value["attempt"], "model": value["model"]})
+        return _frame(data, event.kind, str(event.cursor))
+    return _frame(event.data, event.kind, str(event.cursor))
+
+
+def encode_gone(error: RelayError) -> bytes:
+    """What a viewer is told whose stream goes away under it. It has no id: it is in no log."""
+    value = {"code": error.code, "message": error.message, "retryable": error.retryable}
+    return _frame(to_json(value), FAILED, None)
+
+
+def retry(milliseconds: int) -> bytes:
+    """How long an EventSource is to wait before it comes back."""
+    return b"retry: %d\n\n" % milliseconds
+
+
+def _whole(event: Event) -> bytes:
+    chunk = event.value()["chunk"]
+    text = first_choice_text(chunk)
+    return to_json({"text": text, **chunk} if text else chunk)
+
+
+def _frame(data: bytes, kind: str, cursor: str | None) -> bytes:
+    return ServerSentEvent(data=data.decode(), event=kind, id=cursor, sep="\n").encode()

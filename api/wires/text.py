@@ -1,0 +1,10 @@
+"""The text wire: the answer's text as it comes, for a terminal and the simplest client."""
+
+from relay.events import Event, text_of
+
+MEDIA_TYPE = "text/plain"
+
+
+def encode(event: Event) -> bytes:
+    """Half a character, split over two chunks, becomes a question mark: UTF-8 cannot carry it."""
+    return text_of(event).encode("utf-8", "replace")

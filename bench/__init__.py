@@ -1,0 +1,1 @@
+"""What measures. `python -m bench.NAME`; prints figures and asserts none."""

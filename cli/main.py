@@ -1,0 +1,121 @@
+"""The `relay` command: one function per word that can follow it."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from cli import up as everything
+from relay.client import FAILURES, Client
+from relay.errors import ConfigurationError, RelayError
+from relay.events import STARTED, TERMINAL
+from relay.settings import load_settings
+
+
+class Commands(TyperGroup):
+    """Any command may raise an error of ours: it becomes one sentence and an exit code, 2 for a
+    wrong configuration and 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigurationError as error:
+            everything.report(error.message)
+            raise typer.Exit(2) from None
+        except RelayError as error:
+            everything.report(error.message)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="A chat answer that outlives the connection that asked for it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they print local variables, which hold prompts and keys
+)
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on [RELAY_HOST; 127.0.0.1].")]
+Port = Annotated[int | None, typer.Option(help="0 picks a free one [RELAY_PORT; 8000].")]
+Workers = Annotated[int | None, typer.Option(help="How many workers [RELAY_WORKERS; 1].")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of the private Redis [RELAY_DATA; .relay].")
+]
+
+
+@app.command()
+def up(host: Host = None, port: Port = None, workers: Workers = None, data: Data = None) -> None:
+    """Run everything here: Redis (unless REDIS_URL is set), API, workers, and a demo upstream
+    unless a real one is configured."""
+    _set(RELAY_HOST=host, RELAY_PORT=port, RELAY_WORKERS=workers, RELAY_DATA=data)
+    raise typer.Exit(asyncio.run(everything.up(load_settings(), Console())))
+
+
+@app.command()
+def api(host: Host = None, port: Port = None) -> None:
+    """Run one API process; REDIS_URL names the Redis that it shares with the workers."""
+    _set(RELAY_HOST=host, RELAY_PORT=port)
+    _become("api")
+
+
+@app.command()
+def worker() -> None:
+    """Run one worker process; REDIS_URL names the Redis that it shares with the API."""
+    _become("worker")
+
+
+Url = Annotated[str, typer.Option(envvar="RELAY_URL", help="Where the API is.", show_default=True)]
+HERE = "http://127.0.0.1:8000"
+
+
+@app.command()
+def chat(text: str, url: Url = HERE) -> None:
+    """Ask, and print the answer as it comes, across every loss of the connection."""
+    with Client(url) as client:
+        stream_id = client.ask([{"role": "user", "content": text}])
+        everything.report(f"stream {stream_id}")
+        _print(client, stream_id)
+
+
+@app.command()
+def watch(stream_id: str, url: Url = HERE) -> None:
+    """Print a stream from its beginning, then as it comes."""
+    with Client(url) as client:
+        _print(client, stream_id)
+
+
+@app.command()
+def cancel(stream_id: str, url: Url = HERE) -> None:
+    """End a stream here; what it has stays readable."""
+    with Client(url) as client:
+        typer.echo(client.cancel(stream_id))
+
+
+def _print(client: Client, stream_id: str) -> None:
+    printed = False
+    for update in client.watch(stream_id):
+        if update.kind == STARTED and printed:
+            # A terminal cannot take text back, so it says that what stands above is void.
+            typer.echo("\n--- a new attempt: forget the text above ---")
+        printed = printed or bool(update.text)
+        typer.echo(update.text, nl=False)
+        if update.kind in TERMINAL:
+            typer.echo()
+        if update.kind in FAILURES:
+            everything.report(str(update.data.get("message", update.kind)))
+            raise typer.Exit(1)
+
+
+def _set(**variables: object) -> None:
+    """An option is its environment variable: one check for both, and children inherit it."""
+    os.environ.update({name: str(value) for name, value in variables.items() if value is not None})
+
+
+def _become(name: str) -> None:
+    # Not a child: signals and the exit code are then those of the process itself.
+    os.execve(sys.executable, everything.module(name), everything.module_env())  # noqa: S606

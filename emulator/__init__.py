@@ -1,0 +1,1 @@
+"""A local process that speaks the wire of Azure OpenAI's chat completions."""

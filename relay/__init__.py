@@ -1,0 +1,1 @@
+"""What a stream is: settings, errors, events, keys, the log and the claim."""

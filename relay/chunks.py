@@ -1,0 +1,127 @@
+"""The upstream's chunks as compact entries, and back, with nothing lost. Pure.
+
+A chunk that differs from an earlier one only in its text is stored as that text alone. Everything
+else is stored whole. To read a log back is a fold from its `started`: `Expander` keeps what the
+later entries leave unsaid, the envelope (id, model, created, …) and the latest whole text chunk.
+"""
+
+import hashlib
+from typing import Any
+
+from relay.events import (
+    STARTED,
+    TEXT,
+    WHOLE,
+    Entry,
+    Event,
+    entry,
+    first_choice_text,
+    join_text,
+    to_json,
+)
+
+Chunk = dict[str, Any]
+
+_ENVELOPE = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
+# Random padding against traffic analysis; noise by its own definition.
+_NOISE = frozenset({"obfuscation"})
+
+
+class Compactor:
+    """Turns one attempt's chunks into entries, and keeps what its terminal event will tell."""
+
+    def __init__(self, attempt: int, model: str) -> None:
+        self._attempt = attempt
+        self._model = model
+        self._envelope: Chunk | None = None
+        self._shape: bytes | None = None
+        self._texts: list[str] = []
+        self._open_choices: set[int] = set()
+        self.chunks = 0
+        self.finish_reason: str | None = None
+        self.usage: Chunk | None = None
+
+    def entries(self, chunk: Chunk) -> list[Entry]:
+        """The entries for one chunk: `started` before the first, then one per chunk."""
+        envelope = {key: value for key, value in chunk.items() if key in _ENVELOPE}
+        rest = {k: v for k, v in chunk.items() if k not in _ENVELOPE and k not in _NOISE}
+        self._note(rest)
+        if self._envelope is None:
+            self._envelope = envelope
+            model = envelope.get("model") or self._model
+            started = {"attempt": self._attempt, "model": model, "envelope": envelope}
+            return [entry(STARTED, started), self._compact(rest)]
+        if envelope == self._envelope:
+            return [self._compact(rest)]
+        self._envelope, self._shape = envelope, None
+        return [entry(WHOLE, {"chunk": rest, "envelope": envelope})]
+
+    def summary(self) -> Chunk:
+        """What every terminal event tells of the attempt: number of chunks, SHA-256 of the text."""
+        text = join_text(self._texts).encode()
+        return {"chunks": self.chunks, "sha256": hashlib.sha256(text).hexdigest()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether each choice that began also gave its finish_reason."""
+        return self.finish_reason is not None and not self._open_choices
+
+    def _compact(self, rest: Chunk) -> Entry:
+        text = _plain_text(rest)
+        if text is None:
+            return entry(WHOLE, {"chunk": rest})
+        # Compared as JSON: to Python, True and 1 would be the same.
+        shape = to_json(_with_text(rest, ""))
+        if shape == self._shape:
+            return entry(TEXT, text)
+        self._shape = shape
+        return entry(WHOLE, {"chunk": rest})
+
+    def _note(self, rest: Chunk) -> None:
+        self.chunks += 1
+        self._texts.append(first_choice_text(rest))
+        self.usage = rest.get("usage") or self.usage
+        for choice in rest.get("choices") or ():
+            index, reason = choice.get("index", 0), choice.get("finish_reason")
+            if reason is None:
+                if choice.get("delta"):
+                    self._open_choices.add(index)
+                continue
+            self._open_choices.discard(index)
+            if index == 0 or self.finish_reason is None:
+                self.finish_reason = reason
+
+
+class Expander:
+    """The upstream's chunks again, from a log's events in order."""
+
+    def __init__(self) -> None:
+        self._envelope: Chunk = {}
+        self._shape: Chunk = {}
+
+    def chunk(self, event: Event) -> Chunk | None:
+        """The chunk that this event stands for; None where it stands for none."""
+        if event.kind == STARTED:
+            self._envelope = event.value()["envelope"]
+        elif event.kind == TEXT:
+            return {**self._envelope, **_with_text(self._shape, event.value())}
+        elif event.kind == WHOLE:
+            value = event.value()
+            self._envelope = value.get("envelope", self._envelope)
+            if _plain_text(value["chunk"]) is not None:
+                self._shape = value["chunk"]
+            return {**self._envelope, **value["chunk"]}
+        return None
+
+
+def _plain_text(rest: Chunk) -> str | None:
+    """The text of a chunk with one unfinished first choice that carries text; None for others."""
+    match rest.get("choices"):
+        case [{"delta": {"content": str(text)}, "finish_reason": None} as choice]:
+            return text if choice.get("index") == 0 and not choice.get("logprobs") else None
+    return None
+
+
+def _with_text(shape: Chunk, text: str) -> Chunk:
+    choice = shape["choices"][0]
+    return {**shape, "choices": [{**choice, "delta": {**choice["delta"], "content": text}}]}

@@ -1,0 +1,169 @@
+"""A client for scripts and the command line: asks, watches, and comes back by itself."""
+
+import hashlib
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from relay.errors import RelayError
+from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, join_text
+
+SILENCE_SECONDS = 45.0
+"""Three heartbeats: a connection that is silent for longer is dead."""
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 10.0
+
+
+class Refused(RelayError):
+    """The server answered with a problem, which coming back would not mend."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Unreachable(RelayError):
+    """The server could not be reached often enough in a row."""
+
+    code = "unreachable"
+    retryable = True
+
+
+class Corrupt(RelayError):
+    """The text does not have the hash that the terminal event tells: never show it as whole."""
+
+    code = "corrupt"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One event as a watcher needs it. `started` means: clear what you have."""
+
+    kind: str
+    text: str
+    data: dict[str, Any]
+
+
+class Client:
+    """Talks to one chat-relay. Every request is repeated over lost connections and 503, at most
+    `tries` times in a row; a stream is resumed strictly after the last event that was seen."""
+
+    def __init__(
+        self, url: str, *, tries: int = 8, sleep: Callable[[float], object] = time.sleep
+    ) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(10, read=SILENCE_SECONDS))
+        self._url = url
+        self._tries = tries
+        self._sleep = sleep
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def ask(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Create a stream, once even if the reply was lost; returns its id. Raises Refused."""
+        key = {"idempotency-key": str(uuid.uuid4())}
+        body = {"messages": messages, **options}
+        return str(self._call("POST", "/chat", json=body, headers=key)["stream_id"])
+
+    def status(self, stream_id: str) -> dict[str, Any]:
+        return self._call("GET", f"/streams/{stream_id}")
+
+    def cancel(self, stream_id: str) -> str:
+        """Idempotent; returns the status: cancelling, cancelled, completed or failed."""
+        return str(self._call("POST", f"/streams/{stream_id}/cancel")["status"])
+
+    def watch(self, stream_id: str) -> Iterator[Update]:
+        """The events of a stream, live, to the terminal one, however often the connection drops.
+
+        Raises Refused (unknown, gone), Unreachable, or Corrupt.
+        """
+        cursor, texts, failures = "", [""], 0
+        while True:
+            try:
+                for event in self._events(stream_id, cursor):
+                    cursor, failures = event.id or cursor, 0
+                    update = _update(event)
+                    if update.kind == STARTED:
+                        texts.clear()
+                    texts.append(update.text)
+                    if update.kind == COMPLETED:
+                        _verify(texts, update.data)
+                    yield update
+                    if update.kind in TERMINAL:
+                        return
+            except httpx2.TransportError as error:
+                failures = self._wait_or_give_up(failures, error)
+            else:
+                # The server let go before the terminal event: it is being replaced.
+                failures = self._wait_or_give_up(failures, None)
+
+    def _events(self, stream_id: str, cursor: str) -> Iterator[httpx2.ServerSentEvent]:
+        headers = {"last-event-id": cursor} if cursor else {}
+        with self._http.sse(f"/streams/{stream_id}/events", headers=headers) as source:
+            if source.response.status_code == 503:
+                return
+            if source.response.status_code != 200:
+                source.response.read()
+                raise _refused(source.response)
+            # A `retry:` or a heartbeat comes as an event without data.
+            yield from (event for event in source if event.data)
+
+    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        failures = 0
+        while True:
+            try:
+                response = self._http.request(method, path, **options)
+            except httpx2.TransportError as error:
+                failures = self._wait_or_give_up(failures, error)
+                continue
+            if response.status_code == 503:
+                failures = self._wait_or_give_up(failures, None)
+                continue
+            if response.is_error:
+                raise _refused(response)
+            body: dict[str, Any] = response.json()
+            return body
+
+    def _wait_or_give_up(self, failures: int, error: Exception | None) -> int:
+        if failures + 1 >= self._tries:
+            raise Unreachable(f"{self._url} does not answer: is `relay up` running?") from error
+        ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
+        self._sleep(ceiling * random.uniform(0.5, 1))  # noqa: S311
+        return failures + 1
+
+
+def _update(event: httpx2.ServerSentEvent) -> Update:
+    data: Any = event.json()
+    return Update(event.event, str(data.get("text") or ""), data)
+
+
+def _verify(texts: list[str], data: dict[str, Any]) -> None:
+    digest = hashlib.sha256(join_text(texts).encode()).hexdigest()
+    if data.get("sha256", digest) != digest:
+        raise Corrupt("The answer arrived damaged: watch the stream again from its beginning.")
+
+
+def _refused(response: httpx2.Response) -> Refused:
+    try:
+        problem = response.json()
+        return Refused(problem["code"], problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        return Refused("unexpected", f"The server answered {response.status_code}.")
+
+
+FAILURES = frozenset({FAILED, CANCELLED})
+"""The terminal events after which the text is not the whole answer."""

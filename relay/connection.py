@@ -1,0 +1,91 @@
+"""Connections to Redis, and the Lua scripts that run in it."""
+
+import asyncio
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
+from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+ANSWER_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
+WAIT_SECONDS = 2
+
+
+def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_SECONDS) -> Redis:
+    """A client whose every call ends: bounded connections, each with time limits."""
+    options: dict[str, Any] = dict(parse_url(url))
+    kind = options.pop("connection_class", Connection)
+    pool = BlockingConnectionPool(
+        **options,
+        connection_class=_CANCELLABLE[kind],
+        max_connections=connections,
+        timeout=WAIT_SECONDS,
+        socket_timeout=answer_seconds,
+        socket_connect_timeout=CONNECT_SECONDS,
+    )
+    return Redis.from_pool(pool)
+
+
+def script(redis: Redis, name: str) -> AsyncScript:
+    return redis.register_script(_source(name))
+
+
+@cache
+def _source(name: str) -> str:
+    folder = resources.files("relay") / "lua"
+    return (folder / "_common.lua").read_text() + (folder / f"{name}.lua").read_text()
+
+
+class _Cancellable(AbstractConnection):
+    """redis-py bounds a write by asyncio.wait_for, which on Python 3.11 returns a result that came
+    together with a cancel, and forgets the cancel: a task in a loop of calls would never end."""
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        if not self.is_connected:
+            await self.connect()  # type: ignore[no-untyped-call]
+        if isinstance(command, str):
+            command = command.encode()
+        try:
+            async with asyncio.timeout(self.socket_timeout):
+                await self._send_packed_command(
+                    [command] if isinstance(command, bytes) else command
+                )
+        except TimeoutError:
+            await self.disconnect(nowait=True)
+            raise RedisTimeoutError("Redis takes nothing in") from None
+        except OSError as error:
+            await self.disconnect(nowait=True)
+            raise RedisConnectionError(f"the connection broke: {error.strerror}") from error
+        except BaseException:
+            # Half a command may be on its way: the connection cannot be used again.
+            await self.disconnect(nowait=True)
+            raise
+
+
+class _Tcp(_Cancellable, Connection):
+    pass
+
+
+class _Tls(_Cancellable, SSLConnection):
+    pass
+
+
+class _Unix(_Cancellable, UnixDomainSocketConnection):
+    pass
+
+
+_CANCELLABLE = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}

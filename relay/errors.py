@@ -1,0 +1,73 @@
+"""The errors of chat-relay.
+
+RelayError
+├── ConfigurationError      the start ends with its one sentence
+├── BadRequest              what was asked cannot be done as it stands
+│   ├── MalformedCursor
+│   └── IdempotencyConflict
+├── StreamUnknown           this id was never handed out
+├── StreamGone              it was; the stream is erased, expired or lost
+├── QueueFull               nothing was created; try later
+├── StreamLost              this attempt may no longer write
+└── UpstreamError           the model service failed; carries its own code
+
+`code` is public and stable. The message is one sentence that says what to do, and never holds
+prompt, answer or vendor text.
+"""
+
+
+class RelayError(Exception):
+    """Root of the tree. `retryable`: the same request may succeed later, unchanged."""
+
+    code = "internal"
+    retryable = False
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else self.code
+
+
+class ConfigurationError(RelayError):
+    """A setting is missing or wrong; the message names the variable."""
+
+    code = "configuration"
+
+
+class BadRequest(RelayError):
+    code = "invalid_request"
+
+
+class MalformedCursor(BadRequest):
+    code = "malformed_cursor"
+
+
+class IdempotencyConflict(BadRequest):
+    code = "idempotency_conflict"
+
+
+class StreamUnknown(RelayError):
+    code = "stream_unknown"
+
+
+class StreamGone(RelayError):
+    code = "stream_gone"
+
+
+class QueueFull(RelayError):
+    code = "queue_full"
+    retryable = True
+
+
+class StreamLost(RelayError):
+    """The log refused an append: another attempt owns the stream, or it is closed or erased."""
+
+    code = "stream_lost"
+
+
+class UpstreamError(RelayError):
+    """The answer cannot be completed. `code` says why and is what viewers see in `failed`."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable

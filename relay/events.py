@@ -1,0 +1,121 @@
+"""Events: the entries of a log, and the cursors that name them. Pure."""
+
+import json
+import re
+from typing import Any, Final, NamedTuple, Self
+
+from relay.errors import MalformedCursor
+
+QUEUED: Final = "queued"
+STARTED: Final = "started"
+COMPLETED: Final = "completed"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+TERMINAL: Final = frozenset({COMPLETED, FAILED, CANCELLED})
+
+# The two kinds of chunk are stored by one letter: an entry costs bytes in proportion to its text.
+TEXT: Final = "t"
+WHOLE: Final = "c"
+
+_CURSOR = re.compile(r"(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})", re.ASCII)
+
+
+class Cursor(NamedTuple):
+    """The id of an entry, `<attempt>-<seq>`; ordered as the log is."""
+
+    attempt: int
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises MalformedCursor for anything that no log has ever handed out."""
+        match = _CURSOR.fullmatch(text)
+        if match is None:
+            raise MalformedCursor("A cursor is the id of an event, such as 1-57.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.seq}"
+
+    def leads_to(self, following: "Cursor") -> bool:
+        """Whether an entry may directly follow this one: dense, or the start of a later attempt."""
+        if following.attempt == self.attempt:
+            return following.seq == self.seq + 1
+        return following.attempt > self.attempt and following.seq == 0
+
+
+class Entry(NamedTuple):
+    """What is appended: a kind and one JSON value, as UTF-8 without line breaks."""
+
+    kind: str
+    data: bytes
+
+
+class Event(NamedTuple):
+    """An entry that has its place in the log."""
+
+    cursor: Cursor
+    kind: str
+    data: bytes
+
+    @property
+    def terminal(self) -> bool:
+        return self.kind in TERMINAL
+
+    def value(self) -> Any:
+        return json.loads(self.data)
+
+
+def entry(kind: str, value: Any) -> Entry:
+    return Entry(kind, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON on one line. A lone surrogate, half of an emoji split over two chunks, stays
+    an escape, so that a client which joins the halves has the emoji."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def text_of(event: Event) -> str:
+    """The text that an event adds to the answer (the first choice's), often empty."""
+    if event.kind == TEXT:
+        return str(event.value())
+    if event.kind == WHOLE:
+        return first_choice_text(event.value()["chunk"])
+    return ""
+
+
+def first_choice_text(chunk: dict[str, Any]) -> str:
+    for choice in chunk.get("choices") or ():
+        if choice.get("index", 0) == 0:
+            return str((choice.get("delta") or {}).get("content") or "")
+    return ""
+
+
+def join_text(parts: list[str]) -> str:
+    """Join chunk texts, healing characters that were split between two of them."""
+    text = "".join(parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def encode_batch(first: Cursor, entries: list[Entry]) -> bytes:
+    """What the channel carries for one append: the first id, then a line per entry."""
+    lines = [str(first).encode(), *(b"%s %s" % (kind.encode(), data) for kind, data in entries)]
+    return b"\n".join(lines)
+
+
+def decode_batch(message: bytes) -> list[Event]:
+    head, *lines = message.split(b"\n")
+    attempt, seq = (int(part) for part in head.split(b"-"))
+    events = []
+    for offset, line in enumerate(lines):
+        kind, _, data = line.partition(b" ")
+        events.append(Event(Cursor(attempt, seq + offset), kind.decode(), data))
+    return events

@@ -1,0 +1,59 @@
+"""Every name that stands in Redis.
+
+| key | type | holds |
+|---|---|---|
+| relay:{id}:log | stream | the events of one stream, entry ids `<attempt>-<seq>` |
+| relay:{id}:state | hash | attempt, next, tries, owner, request, cancel, ended, … |
+| relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
+| relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
+| relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
+| arq:job:{id} | string | arq's job: function and arguments, as JSON |
+| relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
+| relay:wake | list | one token per queued job, so that a worker need not poll |
+| relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
+
+| channel | carries |
+|---|---|
+| relay:{id}:channel | the entries of one append, with their ids |
+| relay:control | `cancel <id>` to the workers, `erase <id>` to everybody |
+"""
+
+from arq.constants import job_key_prefix
+
+QUEUE = "relay:queue"
+LEASES = "relay:leases"
+WAKE = "relay:wake"
+CONTROL = "relay:control"
+
+
+def log(stream_id: str) -> str:
+    return f"relay:{stream_id}:log"
+
+
+def state(stream_id: str) -> str:
+    return f"relay:{stream_id}:state"
+
+
+def channel(stream_id: str) -> str:
+    return f"relay:{stream_id}:channel"
+
+
+def viewers(stream_id: str) -> str:
+    return f"relay:{stream_id}:viewers"
+
+
+def job(stream_id: str) -> str:
+    return job_key_prefix + stream_id
+
+
+def idempotency(key: str) -> str:
+    return f"relay:idempotency:{key}"
+
+
+def health(host: str) -> str:
+    return f"relay:health:{host}"
+
+
+def stream_of(channel: str) -> str:
+    """The stream that a channel is of."""
+    return channel.split(":")[1]

@@ -1,0 +1,96 @@
+"""A listener: one pub/sub connection that is kept up."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from relay.logs import get_logger
+
+logger = get_logger("listener")
+
+SILENCE_SECONDS = 3.0
+"""After this long without a word from Redis it is asked for one; after twice that the connection
+is given up. redis-py sends PING but never misses the answer: half-open would mean for ever."""
+RECONNECT_SECONDS = 0.2
+
+
+class Listener:
+    """Pub/sub delivers at most once, and nothing while the connection is down. So whoever needs
+    everything reads the log after each `on_subscribed`: from then on, until `on_lost`, every
+    publication on that channel comes to `on_message`.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        *channels: str,
+        on_message: Callable[[str, bytes], None],
+        on_subscribed: Callable[[str], None] = lambda _: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._redis = redis
+        self._channels = set(channels)
+        self._on_message = on_message
+        self._on_subscribed = on_subscribed
+        self._on_lost = on_lost
+        self._pubsub: PubSub | None = None
+        self._changing = asyncio.Lock()
+
+    @property
+    def connected(self) -> bool:
+        return self._pubsub is not None
+
+    async def add(self, channel: str) -> None:
+        self._channels.add(channel)
+        async with self._changing:
+            if self._pubsub is not None:
+                with suppress(RedisError, OSError):  # `run` meets it too and subscribes anew.
+                    await self._pubsub.subscribe(channel)
+
+    async def drop(self, channel: str) -> None:
+        self._channels.discard(channel)
+        async with self._changing:
+            if self._pubsub is not None and channel not in self._channels:
+                with suppress(RedisError, OSError):
+                    await self._pubsub.unsubscribe(channel)
+
+    async def run(self) -> None:
+        """Listen until cancelled, across every loss of the connection."""
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    try:
+                        async with self._changing:
+                            await pubsub.subscribe(*self._channels)
+                            self._pubsub = pubsub
+                        await self._hear(pubsub)
+                    finally:
+                        # Before the connection goes back to the pool, or a late subscription
+                        # would go with it to whoever takes it next.
+                        async with self._changing:
+                            self._pubsub = None
+            except (RedisError, OSError) as error:
+                logger.warning("channel_lost", error=type(error).__name__)
+            finally:
+                self._on_lost()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _hear(self, pubsub: PubSub) -> None:
+        heard = time.monotonic()
+        while True:
+            message = await pubsub.get_message(timeout=SILENCE_SECONDS)
+            if message is not None:
+                heard = time.monotonic()
+                if message["type"] == "message":
+                    self._on_message(message["channel"].decode(), message["data"])
+                elif message["type"] == "subscribe":
+                    self._on_subscribed(message["channel"].decode())
+            elif time.monotonic() - heard < 2 * SILENCE_SECONDS:
+                await pubsub.ping()
+            else:
+                raise ConnectionError("Redis has fallen silent")

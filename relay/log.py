@@ -1,0 +1,242 @@
+"""The log: what a stream's viewers see, in order, kept in Redis."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from arq.jobs import serialize_job
+from redis.asyncio import Redis
+
+from relay import keys
+from relay.connection import script
+from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
+from relay.events import TERMINAL, Cursor, Entry, Event, to_json
+from relay.ids import new_stream_id
+
+JOB = "generate"
+
+GONE = "This stream is gone: it was erased, has expired or was lost."
+
+_PAGE = 2000
+
+
+class Created(NamedTuple):
+    stream_id: str
+    repeated: bool
+    """Whether the Idempotency-Key led to a stream that stood already."""
+
+
+class Appended(NamedTuple):
+    next_seq: int
+    """Where the attempt's log ends now; below what was sent if Redis lost entries."""
+    cancel_asked: bool
+
+
+class State(NamedTuple):
+    """What the state hash tells of a stream. Times are Redis' clock, Unix milliseconds."""
+
+    status: str
+    attempt: int
+    created_ms: int
+    started_ms: int | None
+    ended_ms: int | None
+    place: int | None
+    """1 is next; None once a worker has it."""
+    viewers: dict[str, tuple[int, float]]
+    """API process -> number of viewers, Unix seconds of that report."""
+
+
+class Log:
+    """Guarantees: entries stand in the order of their ids, each once; `append` is the only way in
+    after the birth; a closed log never grows again; an erased one stays erased.
+
+    Every method may raise redis.exceptions.RedisError: nothing is known then, and the call may be
+    repeated.
+    """
+
+    def __init__(self, redis: Redis, *, live_ms: int, retention_ms: int, queue_limit: int) -> None:
+        self._redis = redis
+        self._live_ms = live_ms
+        self._retention_ms = retention_ms
+        self._queue_limit = queue_limit
+        self._create = script(redis, "create")
+        self._append = script(redis, "append")
+        self._cancel = script(redis, "cancel")
+        self._erase = script(redis, "erase")
+
+    async def create(
+        self, request: dict[str, Any], *, idempotency_key: str = "", digest: str = ""
+    ) -> Created:
+        """A new stream with its job in the queue, or nothing at all.
+
+        Raises QueueFull; IdempotencyConflict if the key came with another body before.
+        """
+        stream_id = new_stream_id()
+        job = serialize_job(JOB, (stream_id,), {}, None, 0, serializer=to_json)
+        verdict, *rest = await self._create(
+            keys=[
+                keys.log(stream_id),
+                keys.state(stream_id),
+                keys.job(stream_id),
+                keys.QUEUE,
+                keys.WAKE,
+                keys.idempotency(idempotency_key),
+            ],
+            args=[
+                stream_id,
+                to_json(request),
+                job,
+                self._live_ms,
+                self._queue_limit,
+                idempotency_key,
+                digest,
+                self._live_ms + self._retention_ms,
+            ],
+        )
+        match verdict:
+            case b"full":
+                raise QueueFull("The queue is full: try again in a few seconds.")
+            case b"conflict":
+                raise IdempotencyConflict(
+                    "This Idempotency-Key came with another body before: use a new key."
+                )
+        return Created(rest[0].decode(), repeated=verdict == b"repeated")
+
+    async def append(
+        self, stream_id: str, attempt: int, owner: str, first: int, entries: Sequence[Entry]
+    ) -> Appended:
+        """Append an attempt's entries from seq `first` on, and publish them, in one atom.
+
+        Harmless to repeat. An entry of a terminal kind must be the last and closes the log.
+        Raises StreamLost if this owner may not write.
+        """
+        ending = entries[-1].kind if entries[-1].kind in TERMINAL else ""
+        verdict, next_seq, cancel = await self._append(
+            keys=[
+                keys.log(stream_id),
+                keys.state(stream_id),
+                keys.channel(stream_id),
+                keys.LEASES,
+                keys.job(stream_id),
+            ],
+            args=[
+                stream_id,
+                attempt,
+                owner,
+                first,
+                self._retention_ms if ending else self._live_ms,
+                ending,
+                *(part for entry in entries for part in entry),
+            ],
+        )
+        repeated_closing = verdict == b"closed" and ending and next_seq == first + len(entries)
+        if verdict == b"ok" or repeated_closing:
+            return Appended(next_seq, bool(cancel))
+        raise StreamLost(f"the log refused the append: {verdict.decode()}")
+
+    async def read(self, stream_id: str, after: Cursor | None = None) -> list[Event]:
+        """All events strictly after a cursor. Raises StreamGone if there is no such log."""
+        events: list[Event] = []
+        start = "-" if after is None else f"({after}"
+        while True:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.exists(keys.log(stream_id))
+                pipe.xrange(keys.log(stream_id), start, "+", count=_PAGE)
+                exists, page = await pipe.execute()
+            if not exists:
+                raise StreamGone(GONE)
+            events += [_event(entry_id, fields) for entry_id, fields in page]
+            if len(page) < _PAGE:
+                return events
+            start = f"({events[-1].cursor}"
+
+    async def state(self, stream_id: str) -> State:
+        """Raises StreamGone."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(
+                keys.state(stream_id),
+                ["attempt", "created_ms", "started_ms", "ended_ms", "ended", "owner"],
+            )
+            pipe.zrank(keys.QUEUE, stream_id)
+            pipe.hgetall(keys.viewers(stream_id))
+            (
+                (attempt, created, started, ended_ms, ended, owner),
+                rank,
+                viewers,
+            ) = await pipe.execute()
+        if attempt is None:
+            raise StreamGone(GONE)
+        return State(
+            status=ended.decode() if ended else "running" if owner else "queued",
+            attempt=int(attempt),
+            created_ms=int(created),
+            started_ms=int(started) if started else None,
+            ended_ms=int(ended_ms) if ended_ms else None,
+            place=None if rank is None else rank + 1,
+            viewers={process.decode(): _report(report) for process, report in viewers.items()},
+        )
+
+    async def remaining_ms(self, stream_id: str) -> int:
+        """How long the log will still be readable, in ms; negative if it is gone."""
+        return int(await self._redis.pttl(keys.log(stream_id)))
+
+    async def cancel(self, stream_id: str) -> Literal["cancelling"] | str:
+        """Ask for the end of a stream; idempotent. Returns the kind of terminal event that stands
+        now, or 'cancelling' while a worker still has to write it. Raises StreamGone."""
+        verdict = await self._cancel(
+            keys=[
+                keys.log(stream_id),
+                keys.state(stream_id),
+                keys.channel(stream_id),
+                keys.LEASES,
+                keys.job(stream_id),
+                keys.QUEUE,
+            ],
+            args=[stream_id, self._retention_ms, keys.CONTROL],
+        )
+        if verdict is None:
+            raise StreamGone(GONE)
+        return str(verdict.decode())
+
+    async def erase(self, stream_id: str) -> None:
+        """Remove every trace. Raises StreamGone if there was none."""
+        there = await self._erase(
+            keys=[
+                keys.log(stream_id),
+                keys.state(stream_id),
+                keys.viewers(stream_id),
+                keys.LEASES,
+                keys.job(stream_id),
+                keys.QUEUE,
+            ],
+            args=[stream_id, keys.CONTROL],
+        )
+        if not there:
+            raise StreamGone(GONE)
+
+    async def report_viewers(self, process: str, counts: dict[str, int], seconds: float) -> None:
+        """Note how many viewers this process has on each stream; 0 withdraws the note."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for stream_id, count in counts.items():
+                key = keys.viewers(stream_id)
+                if count:
+                    pipe.hset(key, process, json.dumps([count, seconds]))
+                    pipe.expire(key, VIEWERS_SECONDS)
+                else:
+                    pipe.hdel(key, process)
+            await pipe.execute()
+
+
+VIEWERS_SECONDS = 60
+"""How long a report of viewers counts; a process that died stops counting after that."""
+
+
+def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> Event:
+    attempt, _, seq = entry_id.partition(b"-")
+    [(kind, data)] = fields.items()
+    return Event(Cursor(int(attempt), int(seq)), kind.decode(), data)
+
+
+def _report(report: bytes) -> tuple[int, float]:
+    count, seconds = json.loads(report)
+    return count, seconds

@@ -1,0 +1,28 @@
+-- A stream is born, with its job in arq's queue, or nothing happens.
+-- KEYS: log, state, job, queue, wake, idempotency
+-- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms
+-- Returns {'created', id} | {'repeated', id} | {'conflict'} | {'full'}
+local log, state, job, queue, wake, idempotency = unpack(KEYS)
+local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms = unpack(ARGV)
+
+if key ~= '' then
+  local known = redis.call('HMGET', idempotency, 'id', 'digest')
+  if known[1] then
+    if known[2] ~= digest then return { 'conflict' } end
+    return { 'repeated', known[1] }
+  end
+end
+if redis.call('ZCARD', queue) >= tonumber(queue_limit) then return { 'full' } end
+
+local now = now_ms()
+redis.call('XADD', log, '0-1', 'queued', '{}')
+redis.call('HSET', state, 'request', request, 'created_ms', now, 'attempt', 0, 'next', 2, 'tries', 0)
+redis.call('SET', job, job_data, 'PX', live_ms)
+if key ~= '' then
+  redis.call('HSET', idempotency, 'id', id, 'digest', digest)
+  redis.call('PEXPIRE', idempotency, memory_ms)
+  redis.call('HSET', state, 'idempotency', idempotency)
+end
+keep(live_ms, log, state)
+enqueue(queue, wake, id, now_exact_ms(), queue_limit)
+return { 'created', id }

@@ -1,0 +1,16 @@
+-- Erased means erased: nothing with this id remains.
+-- KEYS: log, state, viewers, leases, job, queue
+-- ARGV: id, control channel
+-- Returns 1, or 0 if nothing was there
+local log, state, viewers, leases, job, queue = unpack(KEYS)
+local id, control = unpack(ARGV)
+
+-- Its Idempotency-Key may lead to a younger stream by now.
+local idempotency = redis.call('HGET', state, 'idempotency')
+if idempotency and redis.call('HGET', idempotency, 'id') == id then redis.call('DEL', idempotency) end
+local there = redis.call('DEL', log, state)
+redis.call('DEL', viewers, job)
+redis.call('ZREM', leases, id)
+redis.call('ZREM', queue, id)
+redis.call('PUBLISH', control, 'erase ' .. id)
+return there > 0 and 1 or 0

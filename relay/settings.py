@@ -1,0 +1,202 @@
+"""All settings, read once from the environment (and `.env`) at the entry of each process."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio.connection import parse_url
+
+from relay.errors import ConfigurationError
+
+MIB = 1024 * 1024
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class UpstreamSettings(BaseModel):
+    """Where and how to reach the model service; the outcome of reading the variables below."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["azure", "openai"]
+    base_url: str | None
+    api_key: SecretStr | None = None
+    model: str
+    api_version: str | None = None
+    entra_scope: str | None = None
+
+
+class Settings(BaseSettings):
+    """One frozen object per process. Units stand in the names."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", validation_alias="REDIS_URL")
+
+    host: str = Field("127.0.0.1", validation_alias="RELAY_HOST")
+    port: int = Field(8000, ge=0, le=65535, validation_alias="RELAY_PORT")
+    workers: int = Field(1, ge=1, validation_alias="RELAY_WORKERS")
+    data: Path = Field(Path(".relay"), validation_alias="RELAY_DATA")
+    redis_server: str | None = Field(None, validation_alias="RELAY_REDIS_SERVER")
+    log_format: Literal["text", "json"] = Field("text", validation_alias="RELAY_LOG_FORMAT")
+    cors_origins: str = Field("", validation_alias="RELAY_CORS_ORIGINS")
+
+    system_prompt: str | None = Field(None, validation_alias="RELAY_SYSTEM_PROMPT")
+    temperature: float | None = Field(None, ge=0, le=2, validation_alias="RELAY_TEMPERATURE")
+    max_tokens: int | None = Field(None, ge=1, validation_alias="RELAY_MAX_TOKENS")
+
+    queue_limit: int = Field(1000, ge=1, validation_alias="RELAY_QUEUE_LIMIT")
+    concurrency: int = Field(100, ge=1, validation_alias="RELAY_CONCURRENCY")
+    live_seconds: int = Field(3600, ge=1, validation_alias="RELAY_LIVE_SECONDS")
+    retention_seconds: int = Field(3600, ge=1, validation_alias="RELAY_RETENTION_SECONDS")
+    lease_seconds: Seconds = Field(5.0, ge=0.1, validation_alias="RELAY_LEASE_SECONDS")
+    max_attempts: int = Field(3, ge=1, validation_alias="RELAY_MAX_ATTEMPTS")
+    grace_seconds: float = Field(
+        60.0, ge=0, allow_inf_nan=False, validation_alias="RELAY_GRACE_SECONDS"
+    )
+
+    upstream_tries: int = Field(4, ge=1, validation_alias="RELAY_UPSTREAM_TRIES")
+    first_chunk_seconds: Seconds = Field(120.0, validation_alias="RELAY_FIRST_CHUNK_SECONDS")
+    stall_seconds: Seconds = Field(60.0, validation_alias="RELAY_STALL_SECONDS")
+    answer_seconds: Seconds = Field(600.0, validation_alias="RELAY_ANSWER_SECONDS")
+
+    heartbeat_seconds: Seconds = Field(15.0, validation_alias="RELAY_HEARTBEAT_SECONDS")
+    write_seconds: Seconds = Field(30.0, validation_alias="RELAY_WRITE_SECONDS")
+    cache_bytes: int = Field(64 * MIB, ge=0, validation_alias="RELAY_CACHE_BYTES")
+    body_bytes: int = Field(MIB, ge=1, validation_alias="RELAY_BODY_BYTES")
+
+    azure_endpoint: str | None = Field(None, validation_alias="AZURE_OPENAI_ENDPOINT")
+    azure_key: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("AZURE_OPENAI_KEY", "AZURE_OPENAI_API_KEY")
+    )
+    azure_deployment: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AZURE_OPENAI_CHATGPT_DEPLOYMENT", "AZURE_OPENAI_DEPLOYMENT"),
+    )
+    azure_entra: bool = Field(False, validation_alias="AZURE_OPENAI_ENTRA")
+    azure_scope: str = Field(
+        "https://cognitiveservices.azure.com/.default", validation_alias="AZURE_OPENAI_SCOPE"
+    )
+    api_version: str = Field("2024-10-21", validation_alias="OPENAI_API_VERSION")
+    openai_base_url: str | None = Field(None, validation_alias="OPENAI_BASE_URL")
+    openai_key: SecretStr | None = Field(None, validation_alias="OPENAI_API_KEY")
+    openai_model: str | None = Field(None, validation_alias="OPENAI_MODEL")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, url: str) -> str:
+        try:
+            parse_url(url)
+        except ValueError:
+            raise ValueError("must be a URL such as redis://HOST:6379/0") from None
+        return url
+
+    @property
+    def live_ms(self) -> int:
+        return self.live_seconds * 1000
+
+    @property
+    def retention_ms(self) -> int:
+        return self.retention_seconds * 1000
+
+    @property
+    def lease_ms(self) -> int:
+        return int(self.lease_seconds * 1000)
+
+    @property
+    def upstream(self) -> UpstreamSettings | None:
+        """The configured model service, None if nothing at all is configured.
+
+        Raises ConfigurationError, naming the variable, if it is configured by half or twice.
+        """
+        azure = (self.azure_endpoint, self.azure_key, self.azure_deployment)
+        openai = (self.openai_base_url, self.openai_key, self.openai_model)
+        if any(azure) or self.azure_entra:
+            # OPENAI_API_KEY alone is common in a shell and not meant for us.
+            if self.openai_base_url or self.openai_model:
+                raise ConfigurationError(
+                    "Two upstreams are configured: unset either the AZURE_OPENAI_ variables or "
+                    "OPENAI_BASE_URL and OPENAI_MODEL."
+                )
+            return self._azure()
+        if any(openai):
+            return self._openai()
+        return None
+
+    def _azure(self) -> UpstreamSettings:
+        endpoint = _url("AZURE_OPENAI_ENDPOINT", self.azure_endpoint)
+        deployment = _required("AZURE_OPENAI_CHATGPT_DEPLOYMENT", self.azure_deployment)
+        if self.azure_key is None and not self.azure_entra:
+            raise ConfigurationError(
+                "Set AZURE_OPENAI_KEY, or AZURE_OPENAI_ENTRA=1 to sign in by Entra ID."
+            )
+        scope = self.azure_scope if self.azure_entra else None
+        key = None if self.azure_entra else self.azure_key
+        if urlsplit(endpoint).path.rstrip("/").endswith("/openai/v1"):
+            return UpstreamSettings(
+                kind="openai", base_url=endpoint, api_key=key, model=deployment, entra_scope=scope
+            )
+        return UpstreamSettings(
+            kind="azure",
+            base_url=endpoint,
+            api_key=key,
+            model=deployment,
+            api_version=self.api_version,
+            entra_scope=scope,
+        )
+
+    def _openai(self) -> UpstreamSettings:
+        if self.openai_base_url is not None:
+            _url("OPENAI_BASE_URL", self.openai_base_url)
+        if self.openai_key is None:
+            raise ConfigurationError("Set OPENAI_API_KEY: the rest of this upstream is configured.")
+        if self.openai_model is None:
+            raise ConfigurationError(
+                "Set OPENAI_MODEL to use the upstream that OPENAI_API_KEY belongs to, or unset "
+                "OPENAI_API_KEY."
+            )
+        return UpstreamSettings(
+            kind="openai",
+            base_url=self.openai_base_url,
+            api_key=self.openai_key,
+            model=self.openai_model,
+        )
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env`. Raises ConfigurationError, naming the first bad variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"{first['loc'][0]}: {reason}.") from None
+
+
+def _required(variable: str, value: str | None) -> str:
+    if value:
+        return value
+    raise ConfigurationError(f"Set {variable}: the rest of this upstream is configured.")
+
+
+def _url(variable: str, value: str | None) -> str:
+    url = _required(variable, value)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigurationError(f"{variable} must be a URL such as https://NAME.openai.azure.com.")
+    return url

@@ -1,0 +1,222 @@
+"""What tests stand on: a real Redis, the emulated upstream, and the whole stack in one loop."""
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from api.app import create_app
+from api.server import Server, create_server
+from cli.redis_server import RedisServer, find_redis_server
+from emulator.app import Emulator
+from emulator.script import prompt
+from emulator.serve import serve
+from relay.claim import Claims
+from relay.connection import connect
+from relay.log import Log
+from relay.logs import configure_logs
+from relay.settings import Settings
+from worker.claiming import ClaimingWorker
+from worker.main import create_worker
+
+
+def _variables() -> Iterator[str]:
+    for field in Settings.model_fields.values():
+        alias: Any = field.validation_alias
+        yield from getattr(alias, "choices", [alias])
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the environment nor a `.env` of whoever runs the tests has a say in them."""
+    for variable in _variables():
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setitem(Settings.model_config, "env_file", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logs() -> None:
+    configure_logs("test", "text")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real redis-server for the whole run; RELAY_REDIS_SERVER chooses which."""
+    binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
+    server = RedisServer(binary, Path(tmp_path_factory.mktemp("redis")))
+    server.open()
+    process = subprocess.Popen(server.argv, pass_fds=server.pass_fds)
+    try:
+        with SyncRedis.from_url(server.url) as redis:
+            for _ in range(500):
+                with suppress(RedisError):
+                    redis.ping()
+                    break
+                time.sleep(0.02)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(10)
+        server.close()
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    """A client of the real server, which is empty."""
+    async with connect(redis_server.url) as redis:
+        await redis.flushall()
+        yield redis
+
+
+def make_log(redis: Redis, **changes: int) -> Log:
+    return Log(redis, **({"live_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes))
+
+
+def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
+    limits = {"lease_ms": 5_000, "live_ms": 60_000, "queue_limit": 100} | changes
+    return Claims(redis, worker, **limits)
+
+
+@pytest.fixture
+def log(redis: Redis) -> Log:
+    return make_log(redis)
+
+
+@pytest.fixture
+def claims(redis: Redis) -> Claims:
+    return make_claims(redis)
+
+
+@pytest.fixture
+async def emulator() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+async def emulator_url(emulator: Emulator) -> AsyncIterator[str]:
+    async with serve(emulator) as url:
+        yield url
+
+
+@pytest.fixture
+def settings(redis: Redis, redis_server: RedisServer, emulator_url: str) -> Settings:
+    """Those of a stack on the real Redis and the emulated upstream."""
+    return Settings(
+        redis_url=redis_server.url,
+        port=0,
+        azure_endpoint=emulator_url,
+        azure_key="key",
+        azure_deployment="demo",
+    )
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update=changes)
+
+
+@asynccontextmanager
+async def running_api(settings: Settings) -> AsyncIterator[httpx2.AsyncClient]:
+    """A real uvicorn in this loop, and a client of it."""
+    server: Server = create_server(create_app(settings), settings)
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        if running.done():
+            running.result()
+        await asyncio.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        async with httpx2.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False
+        ) as http:
+            await until_ready(http)
+            yield http
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def until_ready(http: httpx2.AsyncClient) -> None:
+    async def ready() -> bool:
+        return (await http.get("/readyz")).status_code == 200
+
+    await until(ready)
+
+
+async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 5) -> None:
+    """Wait for what only asking can tell."""
+    async with asyncio.timeout(seconds):
+        while not await holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running_worker(settings: Settings) -> AsyncIterator[ClaimingWorker]:
+    """A worker in this loop. Leaving the block is a SIGTERM without grace."""
+    worker = create_worker(settings, handle_signals=False)
+    running = asyncio.create_task(worker.async_run())
+    try:
+        yield worker
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await worker.close()
+
+
+@pytest.fixture
+async def api(settings: Settings) -> AsyncIterator[httpx2.AsyncClient]:
+    async with running_api(settings) as http:
+        yield http
+
+
+@pytest.fixture
+async def worker(settings: Settings) -> AsyncIterator[ClaimingWorker]:
+    async with running_worker(settings) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def stack(
+    api: httpx2.AsyncClient, worker: ClaimingWorker
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """API, worker, upstream and Redis; its value is a client of the API."""
+    async with AsyncExitStack():
+        yield api
+
+
+def asking(**script: Any) -> dict[str, Any]:
+    """The body of a request to which the upstream answers by this emulator script."""
+    return {"messages": [{"role": "user", "content": prompt(**script)}]}
+
+
+async def ask(http: httpx2.AsyncClient, **script: Any) -> str:
+    response = await http.post("/chat", json=asking(**script))
+    assert response.status_code == 202, response.text
+    return str(response.json()["stream_id"])
+
+
+async def watch(
+    http: httpx2.AsyncClient, stream_id: str, after: str = ""
+) -> list[httpx2.ServerSentEvent]:
+    """All events until the server closes."""
+    headers = {"last-event-id": after} if after else {}
+    async with http.sse(f"/streams/{stream_id}/events", headers=headers) as source:
+        return [event async for event in source if event.data]
+
+
+def text_of(events: list[httpx2.ServerSentEvent]) -> str:
+    """What a viewer that keeps the one rule has on its screen."""
+    text = ""
+    for event in events:
+        data: Any = event.json()
+        text = "" if event.event == "started" else text + data.get("text", "")
+    return text

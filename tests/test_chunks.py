@@ -1,0 +1,315 @@
+import hashlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.chunks import Chunk, Compactor, Expander
+from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Entry, Event, entry
+from tests.test_events import ANY_TEXT
+
+HEAD: Chunk = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x"}
+FILTERS = {"hate": {"filtered": False, "severity": "safe"}}
+
+
+def chunk(*choices: Chunk, **more: Any) -> Chunk:
+    return {**HEAD, "choices": list(choices), **more}
+
+
+def choice(delta: Chunk | None = None, reason: str | None = None, **more: Any) -> Chunk:
+    return {"index": 0, "delta": delta or {}, "finish_reason": reason, **more}
+
+
+def said(text: str, **more: Any) -> Chunk:
+    return chunk(choice({"content": text}), **more)
+
+
+ROLE = chunk(choice({"role": "assistant", "content": "", "refusal": None}))
+STOP = chunk(choice(reason="stop"))
+AZURE_FIRST: Chunk = {
+    "id": "",
+    "object": "",
+    "created": 0,
+    "model": "",
+    "choices": [],
+    "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": FILTERS}],
+}
+LATE_FILTER = chunk(
+    {
+        "index": 0,
+        "finish_reason": None,
+        "content_filter_results": FILTERS,
+        "content_filter_offsets": {"check_offset": 44, "start_offset": 44, "end_offset": 198},
+    }
+)
+USAGE = chunk(usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
+TOKEN = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
+
+
+def call(**part: Any) -> Chunk:
+    return chunk(choice({"tool_calls": [{"index": 0, **part}]}))
+
+
+RECORDED: dict[str, list[Chunk]] = {
+    "plain": [ROLE, said("Hel"), said("lo"), said("\n\u2028😀"), STOP],
+    "azure": [
+        AZURE_FIRST,
+        chunk(choice({"role": "assistant", "content": ""}, content_filter_results={})),
+        chunk(choice({"content": "a"}, content_filter_results={})),
+        chunk(choice({"content": "b"}, content_filter_results=FILTERS)),
+        chunk(choice({"content": "c"}, content_filter_results=FILTERS)),
+        chunk(choice({"content": "d"}, content_filter_results={})),
+        chunk(choice(reason="stop", content_filter_results={})),
+    ],
+    "azure with a late filter": [AZURE_FIRST, ROLE, said("a"), STOP, LATE_FILTER],
+    "tool calls in pieces": [
+        chunk(choice({"role": "assistant", "content": None})),
+        call(id="call_1", type="function", function={"name": "find", "arguments": ""}),
+        call(function={"arguments": '{"q":'}),
+        call(function={"arguments": '"x"}'}),
+        chunk(choice(reason="tool_calls")),
+    ],
+    "text, then a tool call, then text": [
+        *(ROLE, said("a"), said("b"), call(id="call_1"), said("c"), said("d"), STOP)
+    ],
+    "three choices": [
+        *(chunk({**choice({"content": str(n)}), "index": n % 3}) for n in range(9)),
+        *(chunk({**choice(reason="stop"), "index": n}) for n in range(3)),
+    ],
+    "three choices in a chunk": [
+        chunk(*[{**choice({"content": "x"}), "index": n} for n in range(3)])
+    ],
+    "second choice alone": [chunk({**choice({"content": x}), "index": 1}) for x in "ab"],
+    "logprobs": [
+        chunk(choice({"content": "a"}, logprobs=None)),
+        chunk(choice({"content": "b"}, logprobs=None)),
+        chunk(choice({"content": "c"}, logprobs=TOKEN)),
+        chunk(choice({"content": "d"}, logprobs=TOKEN)),
+    ],
+    "refusal": [ROLE, chunk(choice({"refusal": "I"})), chunk(choice({"refusal": " won't"})), STOP],
+    "usage": [said("a", usage=None), said("b", usage=None), STOP, USAGE],
+    "usage with every text": [said("a", usage={"n": 1}), said("b", usage={"n": 2}), said("c")],
+    "fingerprint that changes": [
+        said("a", system_fingerprint="fp_1"),
+        said("b", system_fingerprint="fp_1"),
+        said("c", system_fingerprint="fp_2"),
+        said("d", system_fingerprint="fp_2"),
+        said("e", system_fingerprint=None),
+        said("f"),
+        said("g"),
+    ],
+    "id that changes": [said("a"), said("b", id="c-2"), said("c", id="c-2"), said("d")],
+    "service tier and fields unheard of": [
+        said("a", service_tier="default", new={"b": [1]}),
+        said("b", service_tier="default", new={"b": [1]}),
+        said("c", service_tier="default"),
+    ],
+    "split emoji": [said("\ud83d"), said("\ude00"), said("x")],
+    "finish with text": [said("a"), chunk(choice({"content": "b"}, "stop"))],
+    "no finish_reason at all": [chunk({"index": 0, "delta": {"content": x}}) for x in "abc"],
+    "nulls": [chunk(), {**HEAD, "choices": None}, chunk({"index": 0, "delta": None}), {}],
+}
+
+
+def entries_of(chunks: list[Chunk]) -> list[Entry]:
+    compactor = Compactor(1, "asked-for")
+    return [entry for chunk in chunks for entry in compactor.entries(chunk)]
+
+
+def expanded(entries: list[Entry]) -> list[Chunk]:
+    expander = Expander()
+    events = [Event(Cursor(1, seq), *entry) for seq, entry in enumerate(entries)]
+    chunks = [expander.chunk(event) for event in events]
+    return [chunk for chunk in chunks if chunk is not None]
+
+
+def bytes_of(entry: Entry) -> int:
+    return len(entry.kind) + len(entry.data)
+
+
+@pytest.mark.parametrize("chunks", RECORDED.values(), ids=RECORDED)
+def test_what_the_upstream_said_is_read_back_whole(chunks: list[Chunk]) -> None:
+    assert expanded(entries_of(chunks)) == chunks
+
+
+INDEXES = st.integers(0, 2)
+ENVELOPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.sampled_from(["", "c-1", "c-2"]),
+        "model": st.sampled_from(["", "gpt-x"]),
+        "created": st.integers(0, 1),
+        "system_fingerprint": st.sampled_from([None, "fp_1", "fp_2"]),
+        "service_tier": st.none(),
+    },
+)
+DELTAS = st.fixed_dictionaries(
+    {},
+    optional={
+        "content": ANY_TEXT | st.none(),
+        "role": st.just("assistant"),
+        "refusal": st.none() | st.text(max_size=3),
+        "tool_calls": st.lists(st.fixed_dictionaries({"index": INDEXES}), max_size=2),
+    },
+)
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": INDEXES,
+        "delta": st.none() | DELTAS,
+        "finish_reason": st.sampled_from([None, None, "stop", "content_filter"]),
+        "logprobs": st.none() | st.just(TOKEN),
+        "content_filter_results": st.sampled_from([{}, FILTERS]),
+    },
+)
+PLAIN = ANY_TEXT.map(said)
+CHUNKS = PLAIN | st.builds(
+    lambda envelope, rest: {**envelope, **rest},
+    ENVELOPES,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "choices": st.none() | st.lists(CHOICES, max_size=3),
+            "usage": st.none() | st.just({"total_tokens": 5}),
+            "prompt_filter_results": st.just([FILTERS]),
+        },
+    ),
+)
+
+
+@given(st.lists(CHUNKS, max_size=6))
+def test_whatever_the_upstream_says_is_read_back_whole(chunks: list[Chunk]) -> None:
+    assert expanded(entries_of(chunks)) == chunks
+
+
+def test_true_and_one_are_not_the_same_chunk() -> None:
+    chunks = [said("a", new=1), said("b", new=True), said("c", new=1.0)]
+    assert json.dumps(expanded(entries_of(chunks))) == json.dumps(chunks)
+
+
+def test_the_padding_against_eavesdroppers_is_dropped() -> None:
+    padded = [said(text, obfuscation="x" * n) for n, text in enumerate("abc")]
+    entries = entries_of(padded)
+    assert expanded(entries) == [said("a"), said("b"), said("c")]
+    assert [entry.kind for entry in entries[2:]] == [TEXT, TEXT]
+
+
+def test_a_chunk_given_is_left_as_it_was() -> None:
+    given_chunk = said("a", obfuscation="x")
+    before = json.dumps(given_chunk)
+    compactor = Compactor(1, "m")
+    [*_, first] = compactor.entries(given_chunk)
+    compactor.entries(said("b"))
+    Expander().chunk(Event(Cursor(1, 1), *first))
+    assert json.dumps(given_chunk) == before
+
+
+@given(st.lists(ANY_TEXT, min_size=2, max_size=6))
+def test_a_text_costs_its_own_json_and_one_byte(texts: list[str]) -> None:
+    for text, stored in zip(texts[1:], entries_of([said(t) for t in texts])[2:], strict=True):
+        plain = len(json.dumps(text, ensure_ascii=False).encode(errors="surrogatepass"))
+        assert bytes_of(stored) <= max(plain, len(json.dumps(text))) + 1
+
+
+@pytest.mark.parametrize("text", ["", "a", "Hello, world", "grüße 😀"])
+def test_a_plain_text_costs_three_bytes_more_than_itself(text: str) -> None:
+    last = entries_of([ROLE, said("x"), said(text)])[-1]
+    assert bytes_of(last) <= len(text.encode()) + 3
+
+
+@pytest.mark.parametrize("name", ["azure", "logprobs", "fingerprint that changes", "usage"])
+def test_what_has_not_changed_is_not_stored_again(name: str) -> None:
+    entries = entries_of([*RECORDED[name], *[said("x", created=2)] * 3])
+    assert bytes_of(entries[-1]) == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "model"), [(said("a"), "gpt-x"), (AZURE_FIRST, "asked-for"), ({}, "asked-for")]
+)
+def test_an_attempt_begins_with_started_and_its_model(first: Chunk, model: str) -> None:
+    begin, second = entries_of([first])
+    assert begin.kind == STARTED
+    assert second.kind != STARTED
+    value = json.loads(begin.data)
+    assert (value["attempt"], value["model"]) == (1, model)
+
+
+def test_a_later_attempt_is_read_without_the_earlier_one() -> None:
+    earlier = entries_of([said("a", system_fingerprint="fp_1"), said("b")])
+    later = entries_of([said("A"), said("B")])
+    assert expanded(earlier + later)[2:] == [said("A"), said("B")]
+
+
+@pytest.mark.parametrize("kind", [QUEUED, COMPLETED])
+def test_other_events_stand_for_no_chunk(kind: str) -> None:
+    assert expanded([entry(kind, {})]) == []
+
+
+def second(reason: str | None = None, **delta: Any) -> Chunk:
+    return chunk({**choice(delta, reason), "index": 1})
+
+
+@pytest.mark.parametrize(
+    ("chunks", "complete", "reason"),
+    [
+        ([], False, None),
+        ([ROLE], False, None),
+        ([ROLE, said("a")], False, None),
+        ([ROLE, said("a"), USAGE], False, None),
+        ([ROLE, said("a"), STOP], True, "stop"),
+        ([STOP], True, "stop"),
+        ([said("a"), STOP, USAGE], True, "stop"),
+        ([said("a"), STOP, LATE_FILTER], True, "stop"),
+        ([said("a"), STOP, chunk(choice(reason="content_filter"))], True, "content_filter"),
+        ([said("a"), chunk(choice(reason="length"))], True, "length"),
+        ([said("a"), second(content="b"), STOP], False, "stop"),
+        ([said("a"), second(content="b"), STOP, second("length")], True, "stop"),
+        ([said("a"), second("length"), STOP], True, "stop"),
+        ([said("a"), second("length")], False, "length"),
+        ([second("content_filter")], True, "content_filter"),
+        ([chunk({"delta": {"content": "a"}}), chunk({"finish_reason": "stop"})], True, "stop"),
+    ],
+)
+def test_an_answer_is_complete_when_each_choice_that_began_has_finished(
+    chunks: list[Chunk], complete: bool, reason: str | None
+) -> None:
+    compactor = Compactor(1, "m")
+    for each in chunks:
+        compactor.entries(each)
+    assert (compactor.complete, compactor.finish_reason) == (complete, reason)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "usage"),
+    [
+        ([said("a"), STOP], None),
+        ([said("a"), STOP, USAGE], USAGE["usage"]),
+        ([said("a", usage={"n": 1}), said("b", usage={"n": 2}), said("c", usage=None)], {"n": 2}),
+    ],
+)
+def test_the_last_usage_counts(chunks: list[Chunk], usage: Chunk | None) -> None:
+    compactor = Compactor(1, "m")
+    for each in chunks:
+        compactor.entries(each)
+    assert compactor.usage == usage
+
+
+@pytest.mark.parametrize(
+    ("chunks", "text"),
+    [
+        ([], ""),
+        ([ROLE, said("a"), said("ü"), STOP], "aü"),
+        ([said("\ud83d"), said("\ude00")], "😀"),
+        ([said("a"), second(content="no"), said("b")], "ab"),
+    ],
+)
+def test_the_summary_tells_the_number_of_chunks_and_the_hash_of_the_text(
+    chunks: list[Chunk], text: str
+) -> None:
+    compactor = Compactor(1, "m")
+    for each in chunks:
+        compactor.entries(each)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert compactor.summary() == {"chunks": len(chunks), "sha256": digest}

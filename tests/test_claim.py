@@ -1,0 +1,349 @@
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from cli.redis_server import RedisServer
+from relay import keys
+from relay.claim import Claim, Claims
+from relay.connection import connect
+from relay.errors import StreamLost
+from relay.events import COMPLETED, STARTED, TEXT, entry
+from relay.log import JOB, Log
+from tests.conftest import make_claims, make_log
+
+REQUEST = {"messages": [{"role": "user", "content": "hi"}]}
+BEGIN = [entry(STARTED, {"attempt": 1}), entry(TEXT, "a")]
+END = [entry(COMPLETED, {})]
+
+
+async def create(log: Log, count: int = 1) -> list[str]:
+    return [(await log.create(REQUEST)).stream_id for _ in range(count)]
+
+
+async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
+    await redis.hset(keys.state(stream_id), name, value)
+
+
+async def create_at(redis: Redis, log: Log, *times: int) -> list[str]:
+    """Streams that came at these times, in ms."""
+    ids = await create(log, len(times))
+    for stream_id, time in zip(ids, times, strict=True):
+        await set_state(redis, stream_id, "created_ms", time)
+        await redis.zadd(keys.QUEUE, {stream_id: time})
+    return ids
+
+
+async def lapse(redis: Redis, claim: Claim) -> None:
+    """As if the worker had not renewed for longer than its lease."""
+    await redis.zadd(keys.LEASES, {claim.stream_id: 0}, xx=True)
+
+
+async def write(log: Log, claim: Claim) -> None:
+    await log.append(claim.stream_id, claim.attempt, claim.owner, 0, BEGIN)
+
+
+async def places(redis: Redis) -> tuple[list[str], list[str]]:
+    """Who stands in the queue, and who in the leases."""
+    queue = await redis.zrange(keys.QUEUE, 0, -1)
+    leases = await redis.zrange(keys.LEASES, 0, -1)
+    return [each.decode() for each in queue], [each.decode() for each in leases]
+
+
+async def test_a_claim_carries_the_request_and_arqs_job(log: Log, claims: Claims) -> None:
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(5)
+    assert (claim.stream_id, claim.attempt, claim.tries) == (stream_id, 1, 1)
+    assert claim.request == REQUEST
+    assert not claim.cancel_asked
+    job = json.loads(claim.job)
+    assert (job["f"], job["a"], job["k"]) == (JOB, [stream_id], {})
+
+
+async def test_jobs_are_claimed_oldest_first(redis: Redis, log: Log, claims: Claims) -> None:
+    third, first, second = await create_at(redis, log, 30, 10, 20)
+    taken = [claim.stream_id for want in (2, 2) for claim in await claims.claim(want)]
+    assert taken == [first, second, third]
+
+
+@pytest.mark.parametrize(("waiting", "want", "given"), [(0, 1, 0), (3, 0, 0), (3, 2, 2), (2, 3, 2)])
+async def test_no_more_is_claimed_than_wanted(
+    log: Log, claims: Claims, waiting: int, want: int, given: int
+) -> None:
+    await create(log, waiting)
+    assert len(await claims.claim(want)) == given
+
+
+async def test_two_workers_never_hold_the_same_job(redis: Redis, log: Log) -> None:
+    ids = await create(log, 40)
+    workers = [make_claims(redis, f"w{number}") for number in range(4)]
+    taken = await asyncio.gather(*(worker.claim(3) for worker in workers * 5))
+    held = [claim.stream_id for claims in taken for claim in claims]
+    assert sorted(held) == sorted(ids)
+    assert await places(redis) == ([], sorted(held, key=(await places(redis))[1].index))
+
+
+async def test_no_two_claims_have_one_owner_and_stream(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    await create(log)
+    owners = set()
+    for _ in range(3):
+        [claim] = await claims.claim(1)
+        owners.add(claim.owner)
+        await claims.hand_over(claim)
+    assert len(owners) == 3
+
+
+async def test_attempt_numbers_rise_and_tries_count(redis: Redis, log: Log, claims: Claims) -> None:
+    await create(log)
+    seen = []
+    for _ in range(3):
+        [claim] = await claims.claim(1)
+        seen.append((claim.attempt, claim.tries))
+        await lapse(redis, claim)
+        await claims.sweep()
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+async def test_a_lease_ends_when_its_time_is_up_by_redis_clock(redis: Redis, log: Log) -> None:
+    await create(log)
+    await make_claims(redis, lease_ms=5_000).claim(1)
+    [(_, until)] = await redis.zrange(keys.LEASES, 0, -1, withscores=True)
+    seconds, micros = await redis.time()
+    assert 4_000 < until - (seconds * 1000 + micros / 1000) <= 5_000
+
+
+# Renew.
+
+
+async def test_a_lease_that_is_renewed_does_not_lapse(redis: Redis, log: Log) -> None:
+    claims = make_claims(redis)
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    await lapse(redis, claim)
+    assert await claims.renew([claim]) == ["held"]
+    assert await claims.sweep() == []
+    assert await places(redis) == ([], [stream_id])
+
+
+async def test_a_renewal_keeps_the_stream_from_expiring(redis: Redis, log: Log) -> None:
+    claims = make_claims(redis, live_ms=60_000)
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    names = [keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)]
+    for key in names:
+        await redis.pexpire(key, 10_000)
+    await claims.renew([claim])
+    for key in names:
+        assert await redis.pttl(key) > 50_000
+
+
+async def test_each_renewal_has_its_own_verdict(redis: Redis, log: Log) -> None:
+    claims, other = make_claims(redis, "w"), make_claims(redis, "other")
+    await create(log, 6)
+    held, cancel, ended, erased, handed, taken = await claims.claim(6)
+    await log.cancel(cancel.stream_id)
+    await log.append(ended.stream_id, 1, ended.owner, 0, BEGIN + END)
+    await log.erase(erased.stream_id)
+    await claims.hand_over(taken)
+    [again] = await other.claim(1)
+    await claims.hand_over(handed)
+    verdicts = await claims.renew([held, cancel, ended, erased, handed, taken])
+    assert verdicts == ["held", "cancel", "lost", "lost", "lost", "lost"]
+    assert await other.renew([again]) == ["held"]
+    queue, leases = await places(redis)
+    assert queue == [handed.stream_id]
+    assert set(leases) == {held.stream_id, cancel.stream_id, taken.stream_id}
+
+
+async def test_to_renew_nothing_is_allowed(claims: Claims) -> None:
+    assert await claims.renew([]) == []
+
+
+async def test_who_lost_a_job_can_neither_renew_nor_write_nor_hand_over(
+    redis: Redis, log: Log
+) -> None:
+    one, two = make_claims(redis, "one"), make_claims(redis, "two")
+    [stream_id] = await create(log)
+    [lost] = await one.claim(1)
+    await lapse(redis, lost)
+    assert await two.sweep() == [stream_id]
+    assert await one.renew([lost]) == ["lost"]
+    [held] = await two.claim(1)
+    until = await redis.zscore(keys.LEASES, stream_id)
+
+    assert await one.renew([lost]) == ["lost"]
+    with pytest.raises(StreamLost):
+        await write(log, lost)
+    await one.hand_over(lost)
+
+    assert await redis.zscore(keys.LEASES, stream_id) == until
+    assert await two.renew([held]) == ["held"]
+    await write(log, held)
+
+
+# Back into the queue.
+
+
+async def test_a_lapsed_lease_is_swept_back_to_its_old_place(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    first, second = await create_at(redis, log, 10, 20)
+    [claim] = await claims.claim(1)
+    assert await claims.sweep() == []
+    await lapse(redis, claim)
+    assert await claims.sweep() == [first]
+    assert await places(redis) == ([first, second], [])
+    assert await claims.sweep() == []
+
+
+async def test_all_that_lapsed_is_swept_in_time(redis: Redis, log: Log) -> None:
+    log, claims = make_log(redis, queue_limit=300), make_claims(redis, queue_limit=300)
+    ids = await create(log, 250)
+    for claim in await claims.claim(300):
+        await lapse(redis, claim)
+    swept = [stream_id for _ in range(3) for stream_id in await claims.sweep()]
+    assert sorted(swept) == sorted(ids)
+
+
+async def test_a_hand_over_costs_no_try_and_keeps_the_place(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    first, second = await create_at(redis, log, 10, 20)
+    [claim] = await claims.claim(1)
+    await claims.hand_over(claim)
+    assert await places(redis) == ([first, second], [])
+    [again] = await claims.claim(1)
+    assert (again.stream_id, again.attempt, again.tries) == (first, 2, 1)
+
+
+async def test_to_hand_over_twice_changes_nothing(redis: Redis, log: Log, claims: Claims) -> None:
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    await claims.hand_over(claim)
+    await claims.hand_over(claim)
+    assert await places(redis) == ([stream_id], [])
+    [again] = await claims.claim(1)
+    assert (again.attempt, again.tries) == (2, 1)
+
+
+async def test_what_has_ended_is_neither_handed_over_nor_swept(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    await create(log)
+    [claim] = await claims.claim(1)
+    await log.append(claim.stream_id, 1, claim.owner, 0, BEGIN + END)
+    await claims.hand_over(claim)
+    await redis.zadd(keys.LEASES, {claim.stream_id: 0})
+    assert await claims.sweep() == []
+    assert await places(redis) == ([], [])
+
+
+async def test_what_expired_under_its_lease_is_swept_away(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    await create(log)
+    [claim] = await claims.claim(1)
+    await redis.delete(keys.state(claim.stream_id))
+    await lapse(redis, claim)
+    assert await claims.sweep() == []
+    assert await places(redis) == ([], [])
+
+
+@pytest.mark.parametrize("gone", ["expired", "job expired", "erased", "ended"])
+async def test_what_nobody_waits_for_is_not_claimed(
+    redis: Redis, log: Log, claims: Claims, gone: str
+) -> None:
+    [stream_id] = await create(log)
+    match gone:
+        case "expired":
+            await redis.delete(keys.log(stream_id), keys.state(stream_id), keys.job(stream_id))
+        case "job expired":
+            await redis.delete(keys.job(stream_id))
+        case "erased":
+            await log.erase(stream_id)
+        case "ended":
+            await log.cancel(stream_id)
+    await redis.zadd(keys.QUEUE, {stream_id: 1})
+    [alive] = await create(log)
+    assert [claim.stream_id for claim in await claims.claim(1)] == [alive]
+    assert await places(redis) == ([], [alive])
+
+
+async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
+    """Its job must not expire before its log does: nobody could then end the stream."""
+    log, claims = make_log(redis, live_ms=60_000), make_claims(redis, live_ms=60_000)
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    for key in (keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)):
+        await redis.pexpire(key, 10_000)
+    await write(log, claim)
+    assert await redis.pttl(keys.job(stream_id)) >= await redis.pttl(keys.state(stream_id)) - 1_000
+
+
+# Waking.
+
+
+async def until_blocked(redis: Redis) -> None:
+    while not (await redis.info("clients"))["blocked_clients"]:
+        pass
+
+
+@asynccontextmanager
+async def waiting(claims: Claims, redis: Redis, url: str) -> AsyncIterator[None]:
+    """Leaves when the worker that waits for a job inside has woken."""
+    async with connect(url, answer_seconds=30) as patient, asyncio.timeout(5):
+        wake = asyncio.create_task(claims.wake(patient, 20))
+        await until_blocked(redis)
+        yield
+        await wake
+
+
+async def test_a_worker_wakes_when_a_job_comes(
+    redis: Redis, redis_server: RedisServer, log: Log, claims: Claims
+) -> None:
+    async with waiting(claims, redis, redis_server.url):
+        await create(log)
+
+
+@pytest.mark.parametrize("back", ["handed over", "swept"])
+async def test_a_worker_wakes_when_a_job_comes_back(
+    redis: Redis, redis_server: RedisServer, log: Log, claims: Claims, back: str
+) -> None:
+    await create(log)
+    [claim] = await claims.claim(1)
+    await redis.delete(keys.WAKE)
+    async with waiting(claims, redis, redis_server.url):
+        if back == "handed over":
+            await claims.hand_over(claim)
+        else:
+            await lapse(redis, claim)
+            await claims.sweep()
+
+
+async def test_a_job_that_came_before_the_wait_wakes_too(
+    redis_server: RedisServer, log: Log, claims: Claims
+) -> None:
+    await create(log)
+    async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
+        await claims.wake(patient, 20)
+
+
+async def test_a_wait_for_jobs_ends_by_itself(redis: Redis, claims: Claims) -> None:
+    async with asyncio.timeout(5):
+        await claims.wake(redis, 0.02)
+
+
+async def test_a_redis_that_forgot_its_scripts_is_taught_again(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    await create(log)
+    [claim] = await claims.claim(1)
+    await redis.script_flush()
+    assert await claims.renew([claim]) == ["held"]
+    await write(log, claim)

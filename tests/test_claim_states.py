@@ -1,0 +1,248 @@
+"""Workers, cancels, erasures and a turning clock in any order: what must hold after each step."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import pytest
+from fakeredis import FakeAsyncRedis
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from relay import keys
+from relay.claim import Claim
+from relay.errors import StreamGone, StreamLost
+from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Entry, Event, entry
+from tests.conftest import make_claims, make_log
+
+T = TypeVar("T")
+LEASE_MS = 5_000
+WORKERS = ("one", "two", "three")
+
+
+@dataclass
+class Expected:
+    """What a stream must be like, told without Redis."""
+
+    attempt: int = 0
+    tries: int = 0
+    holder: Claim | None = None
+    until_ms: int = 0
+    cancel_asked: bool = False
+    ended: str = ""
+    erased: bool = False
+    kinds: list[str] = field(default_factory=lambda: ["queued"])
+
+    @property
+    def open(self) -> bool:
+        return not self.ended and not self.erased
+
+    def end(self, kind: str) -> None:
+        self.ended, self.holder = kind, None
+
+
+@dataclass(eq=False)
+class Writer:
+    """A worker's side of a claim, which does not know whether it still holds."""
+
+    worker: str
+    claim: Claim
+    entries: list[Entry]
+    sent: int = 0
+
+
+def said_by(event: Event) -> str | None:
+    value = event.value()
+    owner: str | None = value if isinstance(value, str) else value.get("owner")
+    return owner
+
+
+class Streams(RuleBasedStateMachine):
+    streams: Bundle[str] = Bundle("streams")
+    writers: Bundle[Writer] = Bundle("writers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_ms = 1_800_000_000_000
+        # Redis' own clock, in scripts and out of them, as fakeredis tells it.
+        self.clock = patch("time.time", lambda: self.now_ms / 1000)
+        self.clock.start()
+        self.runner = asyncio.Runner()
+        self.redis = FakeAsyncRedis()
+        self.log = make_log(self.redis, live_ms=10**9, retention_ms=10**9)
+        self.claims = {
+            worker: make_claims(self.redis, worker, lease_ms=LEASE_MS, live_ms=10**9)
+            for worker in WORKERS
+        }
+        self.expected: dict[str, Expected] = {}
+
+    def teardown(self) -> None:
+        self.run(self.redis.aclose())
+        self.runner.close()
+        self.clock.stop()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    async def _keys(self) -> str:
+        return repr([key async for key in self.redis.scan_iter()])
+
+    async def _places(self) -> list[set[bytes]]:
+        return [set(await self.redis.zrange(key, 0, -1)) for key in (keys.QUEUE, keys.LEASES)]
+
+    @rule(target=streams)
+    def create(self) -> str:
+        self.now_ms += 1  # Within one millisecond the order of the queue is that of the random ids.
+        stream_id = self.run(self.log.create({})).stream_id
+        self.expected[stream_id] = Expected()
+        return stream_id
+
+    @rule(target=writers, worker=st.sampled_from(WORKERS), want=st.integers(1, 2))
+    def claim(self, worker: str, want: int) -> Any:
+        waiting = [e for e in self.expected.values() if e.open and not e.holder]
+        claims = self.run(self.claims[worker].claim(want))
+        assert len(claims) == min(want, len(waiting))
+        return multiple(*(self._claimed(worker, claim) for claim in claims))
+
+    def _claimed(self, worker: str, claim: Claim) -> Writer:
+        stream = self.expected[claim.stream_id]
+        assert stream.open
+        assert stream.holder is None
+        stream.attempt += 1
+        stream.tries += 1
+        assert (claim.attempt, claim.tries) == (stream.attempt, stream.tries)
+        assert claim.cancel_asked == stream.cancel_asked
+        stream.holder, stream.until_ms = claim, self.now_ms + LEASE_MS
+        return Writer(worker, claim, [entry(STARTED, {"owner": claim.owner})])
+
+    @rule(writer=writers, repeat=st.booleans(), more=st.integers(0, 2))
+    def append(self, writer: Writer, repeat: bool, more: int) -> None:
+        if writer.entries[-1].kind not in (COMPLETED, FAILED, CANCELLED):
+            writer.entries += [entry(TEXT, writer.claim.owner)] * more
+        self._send(writer, 0 if repeat else writer.sent)
+
+    @rule(writer=writers, kind=st.sampled_from([COMPLETED, FAILED, CANCELLED]))
+    def finish(self, writer: Writer, kind: str) -> None:
+        if writer.entries[-1].kind not in (COMPLETED, FAILED, CANCELLED):
+            writer.entries.append(entry(kind, {"owner": writer.claim.owner}))
+        self._send(writer, writer.sent)
+
+    def _send(self, writer: Writer, first: int) -> None:
+        """Only the one who holds the stream gets anything in; repeating its own end is harmless."""
+        claim, stream = writer.claim, self.expected[writer.claim.stream_id]
+        batch = writer.entries[first:] or writer.entries[-1:]
+        first = len(writer.entries) - len(batch)
+        sending = self.log.append(claim.stream_id, claim.attempt, claim.owner, first, batch)
+        repeats_its_end = not stream.erased and writer.sent == len(writer.entries)
+        repeats_its_end = repeats_its_end and batch[-1].kind == stream.ended
+        if stream.holder is not claim and not repeats_its_end:
+            with pytest.raises(StreamLost):
+                self.run(sending)
+            return
+        appended = self.run(sending)
+        assert appended.next_seq == len(writer.entries)
+        if stream.holder is claim:
+            assert appended.cancel_asked == stream.cancel_asked
+            stream.kinds += [kind for kind, _ in writer.entries[writer.sent :]]
+            writer.sent = len(writer.entries)
+            if batch[-1].kind in (COMPLETED, FAILED, CANCELLED):
+                stream.end(batch[-1].kind)
+
+    @rule(writer=writers)
+    def renew(self, writer: Writer) -> None:
+        stream = self.expected[writer.claim.stream_id]
+        verdict = "lost"
+        if stream.holder is writer.claim:
+            verdict = "cancel" if stream.cancel_asked else "held"
+            stream.until_ms = self.now_ms + LEASE_MS
+        assert self.run(self.claims[writer.worker].renew([writer.claim])) == [verdict]
+
+    @rule(writer=writers)
+    def hand_over(self, writer: Writer) -> None:
+        stream = self.expected[writer.claim.stream_id]
+        self.run(self.claims[writer.worker].hand_over(writer.claim))
+        if stream.holder is writer.claim:
+            stream.holder = None
+            stream.tries -= 1
+
+    @rule(seconds=st.integers(1, 6))
+    def turn_the_clock(self, seconds: int) -> None:
+        self.now_ms += seconds * 1000
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def sweep(self, worker: str) -> None:
+        lapsed = {
+            stream_id
+            for stream_id, stream in self.expected.items()
+            if stream.holder and stream.until_ms <= self.now_ms
+        }
+        assert set(self.run(self.claims[worker].sweep())) == lapsed
+        for stream_id in lapsed:
+            self.expected[stream_id].holder = None
+
+    @rule(stream_id=streams)
+    def cancel(self, stream_id: str) -> None:
+        stream = self.expected[stream_id]
+        if stream.erased:
+            with pytest.raises(StreamGone):
+                self.run(self.log.cancel(stream_id))
+            return
+        status = self.run(self.log.cancel(stream_id))
+        if stream.holder:
+            assert status == "cancelling"
+            stream.cancel_asked = True
+        elif stream.open:
+            stream.kinds.append(CANCELLED)
+            stream.end(CANCELLED)
+        assert status == (stream.ended or "cancelling")
+
+    @precondition(lambda self: len(self.expected) > 2)  # Else little more could happen.
+    @rule(stream_id=streams)
+    def erase(self, stream_id: str) -> None:
+        stream = self.expected[stream_id]
+        if not stream.erased:
+            self.run(self.log.erase(stream_id))
+        stream.erased, stream.holder = True, None
+
+    @invariant()
+    def each_log_is_dense_and_has_one_writer_an_attempt_and_at_most_one_end(self) -> None:
+        for stream_id, stream in self.expected.items():
+            if stream.erased:
+                continue
+            events = self.run(self.log.read(stream_id))
+            assert [event.kind for event in events] == stream.kinds
+            for event, following in pairwise(events):
+                assert event.cursor.leads_to(following.cursor)
+                assert not event.terminal
+            assert events[-1].terminal == bool(stream.ended)
+            writers = {
+                (event.cursor.attempt, owner) for event in events if (owner := said_by(event))
+            }
+            assert len(writers) == len(dict(writers))
+
+    @invariant()
+    def nothing_is_left_of_what_was_erased(self) -> None:
+        left = self.run(self._keys())
+        assert not [each for id_, each in self.expected.items() if each.erased and id_ in left]
+
+    @invariant()
+    def each_open_stream_is_in_the_queue_or_in_the_leases(self) -> None:
+        queue, leases = self.run(self._places())
+        streams = {stream_id.encode(): stream for stream_id, stream in self.expected.items()}
+        assert queue == {id_ for id_, each in streams.items() if each.open and not each.holder}
+        assert leases == {id_ for id_, each in streams.items() if each.open and each.holder}
+
+
+Streams.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+test_any_order_of_events_keeps_the_promises = Streams.TestCase

@@ -1,0 +1,342 @@
+"""The client, against a server of which every byte is written here."""
+
+import hashlib
+import json
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+
+from relay.client import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    Client,
+    Corrupt,
+    Refused,
+    Unreachable,
+    Update,
+)
+
+ID = "aaaqeayeaudaocajbifqydiob62qkqho"
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n"
+RETRY = b"retry: 1000\n\n"
+HEARTBEAT = b":\n\n"
+AWAY = b"HTTP/1.1 503 Away\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+BROKEN = b""
+
+
+class Request(NamedTuple):
+    line: str
+    headers: dict[str, str]
+    body: Any
+
+
+class Server:
+    """Answers each connection with the next reply and closes it; when there is none, it is gone."""
+
+    def __init__(self, replies: tuple[bytes, ...]) -> None:
+        self.requests: list[Request] = []
+        self._replies = replies
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        while self._thread.is_alive():  # Nobody asked for the rest of the replies.
+            try:
+                socket.create_connection(self._socket.getsockname()).close()
+            except OSError:
+                break
+        self._thread.join()
+
+    def _serve(self) -> None:
+        with self._socket:
+            for reply in self._replies:
+                connection, _ = self._socket.accept()
+                with connection, connection.makefile("rb") as file:
+                    line = file.readline().decode().strip()
+                    if not line:
+                        continue
+                    headers = dict(iter(lambda: _header(file.readline()), ("", "")))
+                    body = file.read(int(headers.get("content-length", 0)))
+                    self.requests.append(Request(line, headers, json.loads(body or "null")))
+                    connection.sendall(reply)
+
+
+def _header(line: bytes) -> tuple[str, str]:
+    name, _, value = line.decode().strip().partition(": ")
+    return name.lower(), value
+
+
+@contextmanager
+def serving(*replies: bytes) -> Iterator[Server]:
+    server = Server(replies)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def client(server: Server, sleep: Callable[[float], object] = lambda _: None) -> Client:
+    return Client(server.url, tries=3, sleep=sleep)
+
+
+def event(cursor: str, kind: str, **data: Any) -> bytes:
+    name = f"id: {cursor}\n" if cursor else ""
+    return f"{name}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+STARTED = event("1-0", "started", attempt=1, model="m")
+HEL, LO = event("1-1", "chunk", text="Hel"), event("1-2", "chunk", text="lo")
+
+
+def completed(cursor: str, text: str) -> bytes:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return event(cursor, "completed", sha256=digest, finish_reason="stop")
+
+
+def stream(*parts: bytes) -> bytes:
+    """A whole response that ends in order, by the close of the connection."""
+    return STREAM + b"\r\n" + b"".join(parts)
+
+
+def cut(*parts: bytes) -> bytes:
+    """A response that breaks off: more was promised than comes."""
+    return STREAM + b"content-length: 100000\r\n\r\n" + b"".join(parts)
+
+
+def reply(status: int, body: Any) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def problem(status: int, code: str) -> bytes:
+    return reply(status, {"code": code, "detail": "What to do."})
+
+
+def shown(updates: list[Update]) -> str:
+    """What stands on the screen of one who keeps the one rule."""
+    text = ""
+    for update in updates:
+        text = "" if update.kind == "started" else text + update.text
+    return text
+
+
+def watched(*replies: bytes) -> tuple[list[Update], list[Request]]:
+    with serving(*replies) as server, client(server) as relay:
+        return list(relay.watch(ID)), server.requests
+
+
+# Watching.
+
+
+def test_a_watch_tells_each_event_to_the_terminal_one() -> None:
+    updates, [request] = watched(
+        stream(event("0-1", "queued"), STARTED, HEL, LO, completed("1-3", "Hello"))
+    )
+    kinds = ["queued", "started", "chunk", "chunk", "completed"]
+    assert [update.kind for update in updates] == kinds
+    assert [update.text for update in updates] == ["", "", "Hel", "lo", ""]
+    assert updates[1].data == {"attempt": 1, "model": "m"}
+    assert request.line == f"GET /streams/{ID}/events HTTP/1.1"
+    assert "last-event-id" not in request.headers
+
+
+def test_what_carries_no_event_is_passed_over() -> None:
+    updates, _ = watched(
+        stream(RETRY, HEARTBEAT, STARTED, HEARTBEAT, HEL, RETRY, completed("1-2", "Hel"))
+    )
+    assert [update.kind for update in updates] == ["started", "chunk", "completed"]
+
+
+@pytest.mark.parametrize("ends", [stream, cut])
+def test_a_watch_comes_back_strictly_after_the_last_event(ends: Callable[..., bytes]) -> None:
+    half_an_event = LO[:-1]
+    updates, requests = watched(
+        ends(STARTED, HEL, half_an_event),
+        ends(),
+        stream(LO, completed("1-3", "Hello")),
+    )
+    assert [update.text for update in updates] == ["", "Hel", "lo", ""]
+    cursors = [request.headers.get("last-event-id") for request in requests]
+    assert cursors == [None, "1-1", "1-1"]
+
+
+def test_an_event_without_an_id_leaves_the_cursor_where_it_was() -> None:
+    _, requests = watched(stream(STARTED, HEL, event("", "note")), stream(completed("1-3", "Hel")))
+    assert requests[1].headers["last-event-id"] == "1-1"
+
+
+def test_started_clears_what_was_seen() -> None:
+    updates, _ = watched(
+        stream(STARTED, event("1-1", "chunk", text="lost")),
+        stream(event("2-0", "started"), HEL, LO, completed("2-3", "Hello")),
+    )
+    assert shown(updates) == "Hello"
+
+
+def test_a_split_emoji_is_no_damage() -> None:
+    halves = [event(f"1-{n}", "chunk", text=half) for n, half in enumerate("\ud83d\ude00", 1)]
+    updates, _ = watched(stream(STARTED, *halves, completed("1-3", "😀")))
+    assert updates[-1].kind == "completed"
+
+
+@pytest.mark.parametrize("kind", ["failed", "cancelled"])
+def test_after_a_failure_or_a_cancel_nobody_comes_back(kind: str) -> None:
+    updates, requests = watched(stream(STARTED, HEL, event("1-2", kind, code="x")))
+    assert (updates[-1].kind, updates[-1].data) == (kind, {"code": "x"})
+    assert len(requests) == 1
+
+
+def test_a_text_that_is_not_what_was_said_is_never_shown_as_whole() -> None:
+    reply = stream(STARTED, HEL, completed("1-3", "Hello"))
+    with serving(reply) as server, client(server) as relay:
+        watching = relay.watch(ID)
+        assert [next(watching).kind for _ in range(2)] == ["started", "chunk"]
+        with pytest.raises(Corrupt):
+            next(watching)
+
+
+def test_without_a_hash_there_is_nothing_to_verify() -> None:
+    updates, _ = watched(stream(STARTED, HEL, event("1-2", "completed")))
+    assert updates[-1].kind == "completed"
+
+
+def test_a_watch_waits_while_the_server_is_away() -> None:
+    updates, requests = watched(BROKEN, AWAY, stream(STARTED, HEL, completed("1-2", "Hel")))
+    assert shown(updates) == "Hel"
+    assert len(requests) == 3
+
+
+def test_each_event_gives_new_patience() -> None:
+    updates, _ = watched(
+        *(BROKEN, AWAY, stream(STARTED), BROKEN, stream(HEL), AWAY),
+        stream(completed("1-2", "Hel")),
+    )
+    assert shown(updates) == "Hel"
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        (),
+        (BROKEN,) * 3,
+        (AWAY,) * 3,
+        (stream(),) * 3,
+        (stream(RETRY),) * 3,
+        (cut(HEARTBEAT),) * 3,
+        (reply(200, {"not": "a stream"}),) * 3,
+    ],
+    ids=["refused", "broken", "away", "nothing", "retry alone", "heartbeat alone", "no stream"],
+)
+def test_a_watch_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, ...]) -> None:
+    waits: list[float] = []
+    with serving(*replies) as server, client(server, waits.append) as relay:
+        with pytest.raises(Unreachable) as unreachable:
+            list(relay.watch(ID))
+        assert unreachable.value.retryable
+        assert len(waits) == 2
+        assert server.url in unreachable.value.message
+
+
+REFUSALS = [
+    (problem(410, "stream_gone"), "stream_gone", "What to do."),
+    (problem(404, "stream_unknown"), "stream_unknown", "What to do."),
+    (reply(500, b"<html>"), "unexpected", "The server answered 500."),
+    (reply(500, b"\xff"), "unexpected", "The server answered 500."),
+    (reply(502, {"detail": "no code"}), "unexpected", "The server answered 502."),
+    (reply(502, ["no", "object"]), "unexpected", "The server answered 502."),
+    (reply(502, "text"), "unexpected", "The server answered 502."),
+    (reply(502, None), "unexpected", "The server answered 502."),
+]
+CALLS: list[Callable[[Client], object]] = [
+    lambda relay: list(relay.watch(ID)),
+    lambda relay: relay.ask([]),
+    lambda relay: relay.status(ID),
+    lambda relay: relay.cancel(ID),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["watch", "ask", "status", "cancel"])
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    REFUSALS,
+    ids=["gone", "unknown", "html", "no text", "no code", "list", "string", "null"],
+)
+def test_a_problem_is_a_refusal_and_not_asked_again(
+    call: Callable[[Client], object], answer: bytes, code: str, message: str
+) -> None:
+    with serving(answer) as server, client(server) as relay:
+        with pytest.raises(Refused) as refused:
+            call(relay)
+        assert (refused.value.code, refused.value.message) == (code, message)
+        assert len(server.requests) == 1
+
+
+# Asking.
+
+
+HALF_A_REPLY = b"HTTP/1.1 202 Accepted\r\ncontent-length: 99\r\n\r\n{"
+
+
+@pytest.mark.parametrize("lost", [BROKEN, AWAY, HALF_A_REPLY], ids=["broken", "away", "half"])
+def test_to_ask_makes_one_stream_though_the_reply_was_lost(lost: bytes) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    with serving(lost, reply(202, {"stream_id": ID})) as server, client(server) as relay:
+        assert relay.ask(messages, temperature=1) == ID
+    first, second = server.requests
+    assert first.line == "POST /chat HTTP/1.1"
+    assert first.body == {"messages": messages, "temperature": 1}
+    assert second.body == first.body
+    assert second.headers["idempotency-key"] == first.headers["idempotency-key"]
+
+
+def test_two_questions_are_two_streams() -> None:
+    with serving(*[reply(202, {"stream_id": ID})] * 2) as server, client(server) as relay:
+        relay.ask([])
+        relay.ask([])
+    assert len({request.headers["idempotency-key"] for request in server.requests}) == 2
+
+
+def test_status_and_cancel_tell_what_the_server_says() -> None:
+    with (
+        serving(reply(200, {"status": "running"}), reply(202, {"status": "cancelling"})) as server,
+        client(server) as relay,
+    ):
+        assert relay.status(ID) == {"status": "running"}
+        assert relay.cancel(ID) == "cancelling"
+    lines = [request.line for request in server.requests]
+    assert lines == [f"GET /streams/{ID} HTTP/1.1", f"POST /streams/{ID}/cancel HTTP/1.1"]
+
+
+@pytest.mark.parametrize(
+    "replies", [(), (BROKEN,) * 3, (AWAY,) * 3], ids=["refused", "broken", "away"]
+)
+def test_a_call_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, ...]) -> None:
+    with serving(*replies) as server, client(server) as relay:
+        with pytest.raises(Unreachable):
+            relay.status(ID)
+        assert len(server.requests) == len(replies)
+
+
+def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    for share in (0.5, 1.0):
+        monkeypatch.setattr(random, "uniform", lambda _low, _high, share=share: share)
+        relay = Client("http://127.0.0.1:1", tries=8, sleep=waits.append)
+        with relay, pytest.raises(Unreachable):
+            relay.status(ID)
+    assert waits[7:9] == [FIRST_WAIT_SECONDS, 2 * FIRST_WAIT_SECONDS]
+    assert waits[13] == LONGEST_WAIT_SECONDS
+    assert waits[:7] == [wait / 2 for wait in waits[7:]]

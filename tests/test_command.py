@@ -1,0 +1,142 @@
+"""The `relay` command as a person uses it: all of it, as real processes."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from cli.up import answers_at, free_port
+from emulator.script import prompt
+
+
+@pytest.fixture
+async def url(tmp_path: Path) -> AsyncIterator[str]:
+    """`relay up` with no configuration at all."""
+    async with asyncio.timeout(40):
+        up, url = await start_up(tmp_path)
+        yield url
+        await interrupt(up)
+
+
+async def start_up(folder: Path, **variables: str) -> tuple[Process, str]:
+    port = free_port("127.0.0.1", 0)
+    up = await relay("up", "--port", str(port), folder=folder, **variables)
+    url = f"http://127.0.0.1:{port}"
+    await answers_at(f"{url}/readyz")(up)
+    return up, url
+
+
+async def relay(*words: str, folder: Path, **variables: str) -> Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli", *words),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables},
+        stdout=PIPE,
+        stderr=STDOUT,
+    )
+
+
+async def interrupt(up: Process) -> str:
+    """Ctrl-C; returns what was printed. Everything has ended within 5 s, cleanly."""
+    assert up.stdout is not None
+    begun = time.monotonic()
+    up.send_signal(signal.SIGINT)
+    printed = (await up.stdout.read()).decode()
+    assert await up.wait() == 0
+    # The promise is 5 s; a loaded machine must not make it a flaky one.
+    assert time.monotonic() - begun < 10
+    assert "Traceback" not in printed
+    return printed
+
+
+async def output(process: Process) -> str:
+    assert process.stdout is not None
+    return (await process.stdout.read()).decode()
+
+
+async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
+    async with asyncio.timeout(40):
+        up, url = await start_up(tmp_path)
+        printed = await interrupt(up)
+    assert url in printed
+    assert "demo upstream" in printed
+    for variable in (
+        "AZURE_OPENAI_ENDPOINT",
+        "AZURE_OPENAI_KEY",
+        "AZURE_OPENAI_CHATGPT_DEPLOYMENT",
+        "OPENAI_BASE_URL",
+    ):
+        assert variable in printed
+    assert (tmp_path / ".relay").is_dir()
+
+
+async def test_streams_survive_a_restart_of_everything(tmp_path: Path) -> None:
+    async with asyncio.timeout(50):
+        up, url = await start_up(tmp_path)
+        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+            body = {"messages": [{"role": "user", "content": prompt(text=["kept"])}]}
+            asked = await http.post("/chat", json=body)
+            path = asked.json()["events_url"]
+            whole = (await http.get(path)).text
+        await interrupt(up)
+        up, url = await start_up(tmp_path)
+        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+            again = (await http.get(path)).text
+        await interrupt(up)
+    assert '"kept"' in again
+    assert again.split("event: started")[1] == whole.split("event: started")[1]
+
+
+async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_path: Path) -> None:
+    question = prompt(text=["Hé", "llo"])
+    chat = await relay("chat", question, folder=tmp_path, RELAY_URL=url)
+    printed = await output(chat)
+    assert await chat.wait() == 0
+    assert printed.endswith("Héllo\n")
+    stream_id = printed.split("stream ")[1].split()[0]
+    watch = await relay("watch", stream_id, folder=tmp_path, RELAY_URL=url)
+    assert await output(watch) == "Héllo\n"
+    cancel = await relay("cancel", stream_id, folder=tmp_path, RELAY_URL=url)
+    assert await output(cancel) == "completed\n"
+
+
+async def test_a_failed_answer_and_an_unknown_stream_are_told_in_a_sentence(
+    url: str, tmp_path: Path
+) -> None:
+    chat = await relay("chat", prompt(prompt_filter=True), folder=tmp_path, RELAY_URL=url)
+    printed = await output(chat)
+    assert "filter refused the prompt" in printed
+    assert await chat.wait() == 1
+    watch = await relay("watch", "nonsense", folder=tmp_path, RELAY_URL=url)
+    assert await output(watch) == "relay: There is no stream with this id.\n"
+    assert await watch.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "named"),
+    [
+        (["up"], {"AZURE_OPENAI_ENDPOINT": "https://x.example"}, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
+        (["up"], {"RELAY_PORT": "high"}, "RELAY_PORT"),
+        (["api"], {"REDIS_URL": "nonsense"}, "REDIS_URL"),
+        (["api"], {"RELAY_LEASE_SECONDS": "-1"}, "RELAY_LEASE_SECONDS"),
+        (["worker"], {}, "AZURE_OPENAI_ENDPOINT"),
+        (["worker"], {"OPENAI_API_KEY": "k"}, "OPENAI_MODEL"),
+    ],
+)
+async def test_a_wrong_configuration_ends_the_start_with_one_sentence_that_names_the_variable(
+    words: list[str], variables: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    async with asyncio.timeout(20):
+        process = await relay(*words, folder=tmp_path, **variables)
+        printed = await output(process)
+        assert await process.wait() == 2
+    assert printed.startswith("relay: ")
+    assert printed.count("\n") == 1
+    assert named in printed

@@ -1,0 +1,64 @@
+"""What stands in files that nothing runs: they must say what is."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relay.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def variables() -> Iterator[str]:
+    for field in Settings.model_fields.values():
+        alias: Any = field.validation_alias
+        yield from getattr(alias, "choices", [alias])
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def test_every_setting_stands_in_the_readme_and_every_variable_there_is_a_setting() -> None:
+    table = read("README.md").split("## Configuration")[1].split("\n## ")[0]
+    named = set(re.findall(r"`((?:RELAY|AZURE|OPENAI|REDIS)_[A-Z_]+)`", table))
+    assert named - {"RELAY_URL"} == set(variables())
+
+
+def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
+    table = read("README.md").split("## Configuration")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([A-Z_]+)`[^|]*\| `([^`]+)` \|", table, re.MULTILINE))
+    fields = {str(f.validation_alias): f.default for f in Settings.model_fields.values()}
+    assert len(rows) > 15
+    for variable, default in rows.items():
+        if variable in fields:
+            assert default == str(fields[variable]).removesuffix(".0"), variable
+
+
+def test_compose_and_the_example_name_only_settings_that_exist() -> None:
+    compose = yaml.safe_load(read("docker-compose.yml"))
+    assert set(compose["x-relay"]["environment"]) <= set(variables())
+    example = re.findall(r"^#? ?([A-Z_]+)=", read(".env.example"), re.MULTILINE)
+    assert set(example) <= set(variables())
+
+
+def test_compose_has_a_health_check_for_all_that_must_live() -> None:
+    services = yaml.safe_load(read("docker-compose.yml"))["services"]
+    assert {name for name, service in services.items() if "healthcheck" in service} == {
+        "redis",
+        "api",
+        "worker",
+    }
+    assert "ports" not in services["worker"], "a worker that holds a port cannot be scaled"
+
+
+def test_the_image_is_pinned_and_not_run_by_root() -> None:
+    dockerfile = read("Dockerfile")
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert bases
+    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base) for base in bases)
+    assert re.search(r"^USER [1-9]", dockerfile, re.MULTILINE)
+    assert "--require-hashes" in dockerfile

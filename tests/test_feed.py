@@ -1,0 +1,134 @@
+"""The feed, with no loop of its own and no Redis."""
+
+import asyncio
+
+import pytest
+
+from api.feed import FRAMES_AT_ONCE, Feed
+from relay.errors import StreamGone
+from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Event
+
+
+def event(cursor: str, kind: str = TEXT, data: bytes = b'"x"') -> Event:
+    return Event(Cursor.parse(cursor), kind, data)
+
+
+QUEUE = event("0-1", QUEUED, b"{}")
+FIRST = event("1-0", STARTED, b"{}")
+SECOND = event("2-0", STARTED, b"{}")
+
+
+def feed_of(*events: Event) -> Feed:
+    feed = Feed("id")
+    assert feed.add(list(events))
+    return feed
+
+
+def ids(feed: Feed) -> list[str]:
+    return [str(event.cursor) for event in feed.events]
+
+
+def test_what_stands_is_passed_over() -> None:
+    feed = feed_of(QUEUE, FIRST, event("1-1"))
+    assert feed.add([FIRST, event("1-1"), event("1-2")])
+    assert ids(feed) == ["0-1", "1-0", "1-1", "1-2"]
+
+
+@pytest.mark.parametrize("missing", ["1-3", "2-1", "3-7"])
+def test_nothing_is_taken_from_a_gap_on(missing: str) -> None:
+    feed = feed_of(QUEUE, FIRST, event("1-1"))
+    assert not feed.add([event(missing), event("1-2")])
+    assert ids(feed)[-1] == "1-1"
+
+
+def test_a_log_begins_with_its_first_entry() -> None:
+    assert not Feed("id").add([event("1-1")])
+
+
+def test_nothing_follows_a_terminal_event() -> None:
+    feed = feed_of(QUEUE, FIRST, event("1-1", COMPLETED, b"{}"))
+    feed.add([event("1-2"), SECOND])
+    assert feed.ended
+    assert ids(feed)[-1] == "1-1"
+
+
+@pytest.mark.parametrize(
+    ("cursor", "next_id"),
+    [
+        (None, "2-0"),
+        ("0-1", "2-0"),
+        ("1-0", "2-0"),
+        ("1-1", "2-0"),
+        ("1-9", "2-0"),
+        ("2-0", "2-1"),
+        ("2-1", "2-2"),
+        # None of these was ever handed out by this log.
+        ("2-9", "2-0"),
+        ("7-0", "2-0"),
+    ],
+)
+def test_a_viewer_goes_on_strictly_after_its_cursor_or_at_the_newest_start(
+    cursor: str | None, next_id: str
+) -> None:
+    feed = feed_of(QUEUE, FIRST, event("1-1"), SECOND, event("2-1"), event("2-2", COMPLETED))
+    index = feed.position(Cursor.parse(cursor) if cursor else None)
+    assert ids(feed)[index] == next_id
+
+
+def test_a_failure_without_a_start_of_its_own_goes_on_where_the_viewer_is() -> None:
+    feed = feed_of(QUEUE, FIRST, event("1-1"), event("2-0", COMPLETED, b"{}"))
+    assert ids(feed)[feed.position(Cursor(1, 1))] == "2-0"
+
+
+def test_a_viewer_that_was_told_of_the_queue_is_not_told_again() -> None:
+    feed = feed_of(QUEUE)
+    assert feed.position(Cursor(0, 1)) == 1
+    assert feed.position(None) == 0
+
+
+def test_it_is_known_how_the_log_goes_on_up_to_its_top_and_when_it_has_ended() -> None:
+    feed = feed_of(QUEUE, FIRST)
+    assert feed.reaches(Cursor(1, 0))
+    assert not feed.reaches(Cursor(1, 1))
+    feed.add([event("1-1", COMPLETED, b"{}")])
+    assert feed.reaches(Cursor(9, 9))
+
+
+def test_each_event_is_encoded_once_per_wire() -> None:
+    encoded: list[Event] = []
+
+    def encode(event: Event) -> bytes:
+        encoded.append(event)
+        return event.data
+
+    feed = feed_of(QUEUE, FIRST, event("1-1"))
+    for _ in range(3):
+        feed.frames(encode, 0)
+    feed.add([event("1-2")])
+    assert feed.frames(encode, 3) == [b'"x"']
+    assert len(encoded) == 4
+
+
+def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:
+    feed = feed_of(QUEUE, FIRST, *(event(f"1-{n}") for n in range(1, 3 * FRAMES_AT_ONCE)))
+    assert len(feed.frames(lambda event: event.data, 0)) == FRAMES_AT_ONCE
+
+
+async def test_waiting_ends_by_news_by_time_and_by_leaving() -> None:
+    feed = feed_of(QUEUE)
+    left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    assert not await feed.changed(0.01, unless=left)
+    waiting = asyncio.create_task(feed.changed(60, unless=left))
+    await asyncio.sleep(0)
+    feed.add([FIRST])
+    assert await waiting
+    waiting = asyncio.create_task(feed.changed(60, unless=left))
+    await asyncio.sleep(0)
+    feed.end_as_gone(StreamGone("gone"))
+    assert await waiting
+    waiting = asyncio.create_task(feed.changed(60, unless=left))
+    await asyncio.sleep(0)
+    left.set_result(None)
+    assert await waiting
+    assert await feed.changed(60, unless=left)
+    assert not feed._waiters

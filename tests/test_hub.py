@@ -1,0 +1,451 @@
+"""The hub against a real Redis."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from api import hub as hub_module
+from api.hub import Hub
+from cli.redis_server import RedisServer
+from relay import keys
+from relay.claim import Claim
+from relay.connection import connect
+from relay.errors import StreamGone
+from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, entry
+from relay.ids import new_stream_id
+from relay.log import Log
+from tests.asgi import Taker, watching
+from tests.conftest import make_claims, make_log, until
+
+
+@asynccontextmanager
+async def running_hub(redis: Redis, cache_bytes: int = 2**20) -> AsyncIterator[Hub]:
+    hub = Hub(redis, make_log(redis), cache_bytes=cache_bytes, retention_seconds=60)
+    running = asyncio.create_task(hub.run())
+
+    async def connected() -> bool:
+        return hub.connected
+
+    await until(connected)
+    try:
+        yield hub
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+@pytest.fixture
+async def hub(redis: Redis) -> AsyncIterator[Hub]:
+    async with running_hub(redis) as hub:
+        yield hub
+
+
+class Writer:
+    """What a worker does to a log, one step at a time."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._log = make_log(redis)
+        self._claims = make_claims(redis)
+        self._claim: Claim | None = None
+        self._next = 0
+        self.stream_id = ""
+
+    async def create(self) -> str:
+        self.stream_id = (await self._log.create({"messages": []})).stream_id
+        return self.stream_id
+
+    async def begin(self) -> None:
+        """A new attempt: hand over what is held, claim anew and say `started`."""
+        if self._claim is not None:
+            await self._claims.hand_over(self._claim)
+        [self._claim] = await self._claims.claim(1)
+        self._next = 0
+        await self.append(entry(STARTED, {"attempt": self._claim.attempt, "model": "m"}))
+
+    async def say(self, *texts: str) -> None:
+        await self.append(*(entry(TEXT, text) for text in texts))
+
+    async def finish(self) -> None:
+        await self.append(entry(COMPLETED, {"finish_reason": "stop"}))
+
+    async def append(self, *entries: Entry) -> None:
+        assert self._claim is not None
+        claim = self._claim
+        appended = await self._log.append(
+            claim.stream_id, claim.attempt, claim.owner, self._next, entries
+        )
+        self._next = appended.next_seq
+
+
+@pytest.fixture
+async def writer(redis: Redis) -> Writer:
+    writer = Writer(redis)
+    await writer.create()
+    return writer
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
+    """How often methods of Log are called."""
+    calls = dict.fromkeys(names, 0)
+
+    def counted(name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return await method(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(Log, name, counted(name, getattr(Log, name)))
+    return calls
+
+
+# Promise 1: order and completeness.
+
+Step = st.one_of(
+    st.tuples(st.just("say"), st.integers(1, 5)),
+    st.tuples(st.just("join"), st.just(0)),
+    st.tuples(st.just("leave"), st.integers(0, 5)),
+    st.tuples(st.just("resume"), st.integers(0, 5)),
+    st.tuples(st.just("cut"), st.just(0)),
+    st.tuples(st.just("begin"), st.just(0)),
+    st.tuples(st.just("yield"), st.integers(1, 20)),
+)
+
+
+class Person:
+    """A viewer over all its connections, which keeps the one rule."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.text = ""
+        self._connection = AsyncExitStack()
+        self._taker: Taker | None = None
+
+    @property
+    def watching(self) -> bool:
+        return self._taker is not None
+
+    async def connect(self, hub: Hub, stream_id: str) -> None:
+        after = self.ids[-1] if self.ids else ""
+        self._taker = await self._connection.enter_async_context(watching(hub, stream_id, after))
+
+    async def see_the_end(self) -> None:
+        assert self._taker is not None
+        await self._taker.has(b"event: completed")
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        if self._taker is None:
+            return
+        await self._connection.aclose()
+        for frame in self._taker.frames:
+            self.ids.append(frame.id)
+            if frame.event == "started":
+                self.text = ""
+            elif frame.event == "chunk":
+                self.text += json.loads(frame.data)["text"]
+        self._taker = None
+
+
+@given(steps=st.lists(Step, max_size=30))
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_interleaving_gives_every_viewer_exactly_the_log(
+    redis_server: RedisServer, steps: list[tuple[str, int]]
+) -> None:
+    asyncio.run(_interleave(redis_server.url, steps))
+
+
+async def _interleave(url: str, steps: list[tuple[str, int]]) -> None:
+    async with connect(url) as redis:
+        await redis.flushall()
+        writer, said, people = Writer(redis), 0, [Person()]
+        stream_id = await writer.create()
+        async with running_hub(redis) as hub:
+            await people[0].connect(hub, stream_id)
+            await writer.begin()
+            for verb, number in steps:
+                person = people[number % len(people)]
+                if verb == "say":
+                    await writer.say(*(f"{said + n} " for n in range(number)))
+                    said += number
+                elif verb == "join":
+                    people.append(Person())
+                    await people[-1].connect(hub, stream_id)
+                elif verb == "leave":
+                    await person.disconnect()
+                elif verb == "resume" and not person.watching:
+                    await person.connect(hub, stream_id)
+                elif verb == "cut":
+                    await redis.client_kill_filter(_type="pubsub")
+                elif verb == "begin":
+                    await writer.begin()
+                elif verb == "yield":
+                    for _ in range(number):
+                        await asyncio.sleep(0)
+            await writer.finish()
+            await writer_seen_by_all(hub, stream_id, people)
+        log = await make_log(redis).read(stream_id)
+    check(log, people)
+
+
+async def writer_seen_by_all(hub: Hub, stream_id: str, people: list[Person]) -> None:
+    for person in people:
+        if not person.watching:
+            await person.connect(hub, stream_id)
+        await person.see_the_end()
+
+
+def check(log: list[Any], people: list[Person]) -> None:
+    newest = max(i for i, event in enumerate(log) if event.kind == STARTED)
+    text = "".join(event.value() for event in log[newest:] if event.kind == TEXT)
+    following = {str(a.cursor): str(b.cursor) for a, b in pairwise(log)}
+    starts = [str(event.cursor) for event in log if event.kind == STARTED]
+    for person in people:
+        assert person.text == text
+        assert len(set(person.ids)) == len(person.ids), "an event came twice"
+        for before, after in pairwise(person.ids):
+            # Strictly the next event; or, back on a log that began anew, the start it leads to.
+            assert after == following[before] or after in starts
+
+
+# Lost connections and gaps.
+
+
+async def test_what_is_published_while_the_connection_is_down_is_read_from_the_log(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"started")
+        await redis.client_kill_filter(_type="pubsub")
+        await writer.say("missed")
+        await taker.has(b"missed")
+
+
+async def test_a_gap_in_what_is_published_is_cured_from_the_log(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"started")
+        # A publication that overtakes those before it, as after a loss.
+        await redis.publish(keys.channel(writer.stream_id), b'1-3\nt "late"')
+        await writer.say("one", "two", "three")
+        await taker.has(b"three")
+    assert [frame.id for frame in taker.frames][-3:] == ["1-1", "1-2", "1-3"]
+    assert b"late" not in taker.body
+
+
+async def test_a_lost_last_publication_is_found_by_the_patrol(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await writer.begin()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"started")
+        await redis.xadd(keys.log(writer.stream_id), {"completed": "{}"}, id="1-1")
+        assert hub_module.PATROL_SECONDS <= 5
+        async with asyncio.timeout(hub_module.PATROL_SECONDS + 2):
+            await taker.has(b"completed")
+
+
+async def test_a_log_that_redis_lost_is_told_in_band(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"started")
+        await redis.flushall()
+        await redis.client_kill_filter(_type="pubsub")
+        await taker.has(b'"code":"stream_gone"')
+    assert taker.frames[-1].event == "failed"
+    assert taker.frames[-1].id == ""
+
+
+# Fan-out.
+
+
+async def test_a_thousand_viewers_cost_redis_no_more_than_one(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await writer.begin()
+    calls = counting(monkeypatch, "read")
+    async with AsyncExitStack() as stack:
+        takers = [
+            await stack.enter_async_context(watching(hub, writer.stream_id)) for _ in range(1000)
+        ]
+        await writer.say("hello")
+        await writer.finish()
+        for taker in takers:
+            await taker.has(b"completed")
+        [(_, subscribers)] = await redis.pubsub_numsub(keys.channel(writer.stream_id))
+        assert subscribers <= 1
+    # The first read, and one more when the subscription stood.
+    assert calls["read"] <= 2
+    assert {taker.body for taker in takers} == {takers[0].body}
+
+
+async def test_frames_are_encoded_once_for_all_viewers(hub: Hub, writer: Writer) -> None:
+    await writer.begin()
+    async with (
+        hub.watch(writer.stream_id) as feed,
+        watching(hub, writer.stream_id) as one,
+        watching(hub, writer.stream_id) as two,
+    ):
+        await writer.say("a", "b")
+        await writer.finish()
+        await one.has(b"completed")
+        await two.has(b"completed")
+        [frames] = feed._frames.values()
+        assert len(frames) == len(feed.events)
+
+
+async def test_finished_streams_are_read_once_for_all_who_come_late(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    calls = counting(monkeypatch, "read")
+    for _ in range(50):
+        async with watching(hub, writer.stream_id) as taker:
+            await taker.has(b"completed")
+    assert calls["read"] == 1
+
+
+async def test_a_stream_that_nobody_watches_any_more_is_let_go(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    channel = keys.channel(writer.stream_id)
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"started")
+
+    async def let_go() -> bool:
+        return bool(await redis.pubsub_numsub(channel) == [(channel.encode(), 0)])
+
+    await until(let_go)
+    assert hub.viewers() == {}
+
+
+async def test_a_viewer_that_leaves_during_the_first_read_disturbs_no_other(
+    hub: Hub, writer: Writer
+) -> None:
+    await writer.begin()
+
+    async def join() -> None:
+        async with hub.watch(writer.stream_id):
+            pass
+
+    hasty = asyncio.create_task(join())
+    await asyncio.sleep(0)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_sees(hub, writer.stream_id, b"started"))
+        hasty.cancel()
+
+
+async def _sees(hub: Hub, stream_id: str, text: bytes) -> None:
+    async with watching(hub, stream_id) as taker:
+        await taker.has(text)
+
+
+# Gone means gone.
+
+
+async def test_an_unknown_log_is_gone(hub: Hub) -> None:
+    with pytest.raises(StreamGone):
+        async with hub.watch(new_stream_id()):
+            pass
+    assert hub.viewers() == {}
+
+
+async def test_an_erased_stream_is_gone_for_those_who_watch_and_in_the_cache_of_every_process(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    live = Writer(redis)
+    await writer.begin()
+    await writer.finish()
+    await live.create()
+    await live.begin()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"completed")
+    async with watching(hub, live.stream_id) as taker:
+        await taker.has(b"started")
+        other = make_log(redis)
+        await other.erase(writer.stream_id)
+        await other.erase(live.stream_id)
+        await taker.has(b"stream_gone")
+    with pytest.raises(StreamGone):
+        async with hub.watch(writer.stream_id):
+            pass
+
+
+async def test_nothing_is_served_from_memory_once_erasing_could_go_unheard(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    async with watching(hub, writer.stream_id) as taker:
+        await taker.has(b"completed")
+    await redis.delete(keys.log(writer.stream_id))
+    async with hub.watch(writer.stream_id):
+        pass
+    await redis.client_kill_filter(_type="pubsub")
+
+    async def gone() -> bool:
+        try:
+            async with hub.watch(writer.stream_id):
+                return False
+        except StreamGone:
+            return True
+
+    await until(gone)
+
+
+async def test_the_cache_keeps_to_its_bytes(redis: Redis) -> None:
+    last = ""
+    async with running_hub(redis, cache_bytes=20_000) as hub:
+        for _ in range(10):
+            writer = Writer(redis)
+            last = await writer.create()
+            await writer.begin()
+            await writer.say("x" * 2000)
+            await writer.finish()
+            async with watching(hub, writer.stream_id) as taker:
+                await taker.has(b"completed")
+        kept = hub._finished.feeds()
+        assert 0 < sum(feed.bytes for feed in kept) <= 20_000
+        assert kept[-1].stream_id == last
+
+
+async def test_a_cursor_above_the_top_waits_for_what_follows_it(hub: Hub, writer: Writer) -> None:
+    """Redis may have lost a tail that the viewer has and the worker is about to append again."""
+    await writer.begin()
+    async with watching(hub, writer.stream_id, after="1-2") as taker:
+        await writer.say("one", "two", "three")
+        await writer.finish()
+        await taker.has(b"completed")
+    assert [frame.id for frame in taker.frames] == ["1-3", "1-4"]
+
+
+async def test_a_cursor_of_an_attempt_that_is_over_leads_to_the_newest_start(
+    hub: Hub, writer: Writer
+) -> None:
+    await writer.begin()
+    await writer.say("one", "two")
+    await writer.begin()
+    async with watching(hub, writer.stream_id, after="1-1") as taker:
+        await taker.has(b"started")
+    assert taker.frames[0].id == "2-0"
+    assert Cursor.parse(taker.frames[0].id) == (2, 0)

@@ -1,0 +1,254 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from relay.connection import connect
+from relay.listener import Listener
+
+News = tuple[str | bytes, ...]
+
+
+class Ear:
+    """A listener, and what it told in order."""
+
+    def __init__(self, redis: Redis, *channels: str) -> None:
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self.listener = Listener(
+            redis,
+            *channels,
+            on_message=lambda channel, data: self._news.put_nowait(("heard", channel, data)),
+            on_subscribed=lambda channel: self._news.put_nowait(("subscribed", channel)),
+            on_lost=lambda: self._news.put_nowait(("lost",)),
+        )
+
+    async def next(self, count: int = 1) -> list[News]:
+        async with asyncio.timeout(5):
+            return [await self._news.get() for _ in range(count)]
+
+    async def hears_nothing(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.get()
+        except TimeoutError:
+            return True
+        return False
+
+
+@asynccontextmanager
+async def running(listener: Listener) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(listener.run())
+    try:
+        yield task
+    finally:
+        await end(task)
+
+
+async def end(task: asyncio.Task[None]) -> int:
+    """How often it had to be cancelled until it ended: once, it should be."""
+    for times in range(1, 100):
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=0.05)
+        if done:
+            return times
+    raise AssertionError("it does not end")
+
+
+async def kill_subscribers(redis: Redis) -> None:
+    await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")  # type: ignore[no-untyped-call]
+
+
+async def subscribers(redis: Redis, channel: str) -> int:
+    [(_, count)] = await redis.pubsub_numsub(channel)
+    return int(count)
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.listener.RECONNECT_SECONDS", 0.01)
+
+
+async def test_what_is_published_after_the_subscription_is_heard(redis: Redis) -> None:
+    ear = Ear(redis, "a", "b")
+    async with running(ear.listener):
+        assert set(await ear.next(2)) == {("subscribed", "a"), ("subscribed", "b")}
+        assert ear.listener.connected
+        await redis.publish("b", b"\x00\n1")
+        await redis.publish("c", "not for us")
+        await redis.publish("a", "2")
+        assert await ear.next(2) == [("heard", "b", b"\x00\n1"), ("heard", "a", b"2")]
+
+
+async def test_a_lost_connection_is_told_and_every_channel_subscribed_again(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await ear.next()
+        await ear.listener.add("b")
+        assert await ear.next() == [("subscribed", "b")]
+        for _ in range(3):
+            await kill_subscribers(redis)
+            lost, *subscribed = await ear.next(3)
+            assert lost == ("lost",)
+            assert set(subscribed) == {("subscribed", "a"), ("subscribed", "b")}
+            await redis.publish("b", "x")
+            assert await ear.next() == [("heard", "b", b"x")]
+
+
+async def test_a_channel_can_be_added_before_the_first_connection(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    await ear.listener.add("b")
+    async with running(ear.listener):
+        assert set(await ear.next(2)) == {("subscribed", "a"), ("subscribed", "b")}
+
+
+async def test_a_channel_that_comes_during_the_connecting_is_not_forgotten(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await asyncio.sleep(0)  # It connects now.
+        assert not ear.listener.connected
+        await ear.listener.add("b")
+        assert set(await ear.next(2)) == {("subscribed", "a"), ("subscribed", "b")}
+
+
+async def test_a_channel_that_goes_during_the_connecting_is_let_go(redis: Redis) -> None:
+    ear = Ear(redis, "a", "b")
+    async with running(ear.listener):
+        await asyncio.sleep(0)  # It connects now.
+        assert not ear.listener.connected
+        await ear.listener.drop("b")
+        await ear.listener.add("last")
+        while (await ear.next()) != [("subscribed", "last")]:
+            pass
+        assert await subscribers(redis, "b") == 0
+
+
+async def test_a_dropped_channel_is_heard_no_more_and_not_subscribed_again(redis: Redis) -> None:
+    ear = Ear(redis, "a", "b")
+    async with running(ear.listener):
+        await ear.next(2)
+        await ear.listener.drop("b")
+        await ear.listener.add("c")
+        assert await ear.next() == [("subscribed", "c")]
+        await redis.publish("b", "x")
+        await redis.publish("a", "y")
+        assert await ear.next() == [("heard", "a", b"y")]
+        await kill_subscribers(redis)
+        _, *subscribed = await ear.next(3)
+        assert set(subscribed) == {("subscribed", "a"), ("subscribed", "c")}
+        assert await subscribers(redis, "b") == 0
+
+
+async def test_a_channel_may_be_added_and_dropped_while_the_connection_breaks(
+    redis: Redis,
+) -> None:
+    ear = Ear(redis, "a", "b")
+    async with running(ear.listener):
+        await ear.next(2)
+        await kill_subscribers(redis)
+        await ear.listener.add("c")
+        await ear.listener.drop("b")
+        news = await ear.next(3)
+        assert ("lost",) in news
+        while await subscribers(redis, "c") + await subscribers(redis, "a") < 2:
+            await ear.next()
+        assert await subscribers(redis, "b") == 0
+
+
+async def test_a_channel_added_while_the_connection_closes_takes_no_other_connection(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What subscribes on a connection that goes back into the pool spoils it for everybody."""
+    ear = Ear(redis, "a")
+    close = PubSub.aclose
+
+    async def close_while_a_viewer_comes(pubsub: PubSub) -> None:
+        monkeypatch.setattr(PubSub, "aclose", close)
+        adding = asyncio.create_task(ear.listener.add("b"))
+        await close(pubsub)  # type: ignore[no-untyped-call]
+        await adding
+
+    monkeypatch.setattr(PubSub, "aclose", close_while_a_viewer_comes)
+    async with running(ear.listener):
+        await ear.next()
+        await kill_subscribers(redis)
+        lost, *subscribed = await ear.next(3)
+        assert lost == ("lost",)
+        assert set(subscribed) == {("subscribed", "a"), ("subscribed", "b")}
+        assert await subscribers(redis, "b") == 1
+
+
+async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(
+    redis_server: Any, tmp_path: Path
+) -> None:
+    socket = tmp_path / "redis.sock"
+    async with connect(f"unix://{socket}") as redis:
+        ear = Ear(redis, "a")
+        async with running(ear.listener):
+            assert await ear.next(2) == [("lost",), ("lost",)]
+            assert not ear.listener.connected
+            socket.symlink_to(redis_server.url.removeprefix("unix://").partition("?")[0])
+            while (news := await ear.next()) == [("lost",)]:
+                pass
+            assert news == [("subscribed", "a")]
+
+
+async def test_a_redis_that_falls_silent_is_given_up(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.listener.SILENCE_SECONDS", 0.05)
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await ear.next()
+        await redis.client_pause(300)
+        assert await ear.next() == [("lost",)]
+        while (news := await ear.next()) == [("lost",)]:
+            pass
+        assert news == [("subscribed", "a")]
+
+
+async def test_a_redis_that_has_nothing_to_say_is_kept(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.listener.SILENCE_SECONDS", 0.1)
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await ear.next()
+        assert await ear.hears_nothing(0.5)
+        assert ear.listener.connected
+
+
+async def test_when_it_is_cancelled_it_lets_go_of_everything(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    async with running(ear.listener) as task:
+        await ear.next()
+    assert task.cancelled()
+    assert await ear.next() == [("lost",)]
+    assert not ear.listener.connected
+    while await subscribers(redis, "a"):
+        pass
+
+
+async def test_it_ends_at_whatever_step_it_is_cancelled(redis: Redis) -> None:
+    times = []
+    for steps in range(30):
+        task = asyncio.create_task(Ear(redis, "a").listener.run())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        times.append(await end(task))
+    assert times == [1] * 30
+
+
+async def test_nobody_need_care_for_losses(redis: Redis) -> None:
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+    listener = Listener(redis, "a", on_message=lambda _, data: heard.put_nowait(data))
+    async with running(listener), asyncio.timeout(5):
+        for _ in range(2):
+            while not await redis.publish("a", "x"):
+                pass
+            assert await heard.get() == b"x"
+            await kill_subscribers(redis)

@@ -1,0 +1,555 @@
+"""The log, on a real Redis and on an emulated one: both must keep every promise."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from fakeredis import FakeAsyncRedis
+from redis.asyncio import Redis
+
+from cli.redis_server import RedisServer
+from relay import keys
+from relay.claim import Claim
+from relay.connection import connect
+from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
+from relay.events import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    STARTED,
+    TEXT,
+    Cursor,
+    Entry,
+    Event,
+    decode_batch,
+    encode_batch,
+    entry,
+)
+from relay.ids import is_stream_id, new_stream_id
+from relay.log import VIEWERS_SECONDS, Appended, Log
+from tests.conftest import make_claims, make_log
+
+SECRET = "a prompt that nobody else may see"
+REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}]}
+BEGIN = [entry(STARTED, {"attempt": 1}), entry(TEXT, "a"), entry(TEXT, "b")]
+END = [entry(COMPLETED, {})]
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture(params=["real", "fake"])
+async def redis(request: pytest.FixtureRequest, redis_server: RedisServer) -> AsyncIterator[Redis]:
+    if request.param == "fake":
+        async with FakeAsyncRedis() as fake:
+            yield fake
+        return
+    async with connect(redis_server.url) as real:
+        await real.flushall()
+        yield real
+
+
+async def claimed(redis: Redis, worker: str = "w") -> Claim:
+    """A claim on a new stream."""
+    await make_log(redis).create(REQUEST)
+    return await claim_one(redis, worker)
+
+
+async def claim_one(redis: Redis, worker: str = "w") -> Claim:
+    [claim] = await make_claims(redis, worker).claim(1)
+    return claim
+
+
+async def lapse(redis: Redis, claim: Claim) -> None:
+    """As if the worker had not renewed for longer than its lease."""
+    await redis.zadd(keys.LEASES, {claim.stream_id: 0})
+    assert await make_claims(redis).sweep() == [claim.stream_id]
+
+
+async def append(log: Log, claim: Claim, first: int, entries: list[Entry]) -> Appended:
+    return await log.append(claim.stream_id, claim.attempt, claim.owner, first, entries)
+
+
+async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
+    await redis.hset(keys.state(stream_id), name, value)
+
+
+async def wake_tokens(redis: Any) -> int:
+    return int(await redis.llen(keys.WAKE))
+
+
+async def lose_tail(redis: Redis, stream_id: str, keep: int) -> None:
+    """As a Redis that comes back without what it wrote last: `keep` events are left."""
+    entries = await redis.xrange(keys.log(stream_id))
+    await redis.delete(keys.log(stream_id))
+    for entry_id, fields in entries[:keep]:
+        await redis.xadd(keys.log(stream_id), fields, id=entry_id)
+    next_seq = int(entries[keep - 1][0].partition(b"-")[2]) + 1
+    await set_state(redis, stream_id, "next", next_seq)
+
+
+async def everything(redis: Redis) -> str:
+    """All names and values that stand in Redis."""
+    read: dict[bytes, Any] = {
+        b"string": redis.get,
+        b"hash": redis.hgetall,
+        b"stream": redis.xrange,
+        b"list": lambda key: redis.lrange(key, 0, -1),
+        b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+    }
+    found = [(key, await read[await redis.type(key)](key)) async for key in redis.scan_iter()]
+    return repr(sorted(found))
+
+
+def shape(events: list[Event]) -> list[tuple[str, str]]:
+    return [(str(event.cursor), event.kind) for event in events]
+
+
+# Birth.
+
+
+async def test_a_stream_is_born_queued_with_its_job(redis: Redis, log: Log) -> None:
+    stream_id, repeated = await log.create(REQUEST)
+    assert is_stream_id(stream_id)
+    assert not repeated
+    assert await log.read(stream_id) == [Event(Cursor(0, 1), "queued", b"{}")]
+    assert await redis.zrange(keys.QUEUE, 0, -1) == [stream_id.encode()]
+    assert await wake_tokens(redis) == 1
+    for key in (keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)):
+        assert 0 < await redis.pttl(key) <= 60_000
+
+
+async def test_a_stream_tells_its_state_from_birth_to_end(redis: Redis, log: Log) -> None:
+    first, second = [(await log.create(REQUEST)).stream_id for _ in range(2)]
+    await redis.zadd(keys.QUEUE, {first: 1})  # Both may have come in one millisecond.
+    queued = await log.state(second)
+    assert (queued.status, queued.attempt, queued.place) == ("queued", 0, 2)
+    assert queued.created_ms > 1_700_000_000_000
+    assert (queued.started_ms, queued.ended_ms, queued.viewers) == (None, None, {})
+
+    claim = await claim_one(redis)
+    assert claim.stream_id == first
+    assert (await log.state(second)).place == 1
+    running = await log.state(first)
+    assert (running.status, running.attempt, running.place) == ("running", 1, None)
+    assert running.started_ms is None
+
+    await append(log, claim, 0, BEGIN)
+    started = (await log.state(first)).started_ms
+    await append(log, claim, 3, END)
+    ended = await log.state(first)
+    assert started is not None
+    assert ended.ended_ms is not None
+    assert ended.created_ms <= started <= ended.ended_ms
+    assert (ended.status, ended.started_ms, ended.attempt) == ("completed", started, 1)
+
+
+async def test_a_full_queue_creates_nothing(redis: Redis) -> None:
+    log = make_log(redis, queue_limit=1)
+    await log.create(REQUEST)
+    before = await everything(redis)
+    with pytest.raises(QueueFull):
+        await log.create(REQUEST, idempotency_key="k", digest="d")
+    assert await everything(redis) == before
+    await claim_one(redis)
+    await log.create(REQUEST, idempotency_key="k", digest="d")
+
+
+async def test_the_wake_list_does_not_grow_beyond_the_queue(redis: Redis) -> None:
+    log = make_log(redis, queue_limit=2)
+    for _ in range(4):
+        await log.create(REQUEST)
+        await claim_one(redis)
+    assert await wake_tokens(redis) == 2
+
+
+# Idempotency.
+
+
+async def test_the_same_key_and_body_lead_to_the_same_stream(redis: Redis) -> None:
+    log = make_log(redis, queue_limit=1)
+    first = await log.create(REQUEST, idempotency_key="k", digest="d")
+    assert await log.create(REQUEST, idempotency_key="k", digest="d") == (first.stream_id, True)
+    assert await redis.zcard(keys.QUEUE) == 1
+
+
+async def test_the_same_key_with_another_body_is_a_conflict(redis: Redis, log: Log) -> None:
+    await log.create(REQUEST, idempotency_key="k", digest="d")
+    before = await everything(redis)
+    with pytest.raises(IdempotencyConflict):
+        await log.create(REQUEST, idempotency_key="k", digest="other")
+    assert await everything(redis) == before
+
+
+async def test_other_keys_and_no_key_lead_to_new_streams(log: Log) -> None:
+    created = [
+        await log.create(REQUEST, idempotency_key=key, digest="d") for key in ("k", "l", "", "")
+    ]
+    assert len({stream_id for stream_id, _ in created}) == 4
+    assert not any(repeated for _, repeated in created)
+
+
+async def test_after_an_erase_the_same_key_leads_to_a_new_stream(log: Log) -> None:
+    first = await log.create(REQUEST, idempotency_key="k", digest="d")
+    await log.erase(first.stream_id)
+    again = await log.create(REQUEST, idempotency_key="k", digest="other")
+    assert not again.repeated
+    assert again.stream_id != first.stream_id
+
+
+async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
+    redis: Redis, log: Log
+) -> None:
+    old = await log.create(REQUEST, idempotency_key="k", digest="d")
+    await redis.delete(keys.idempotency("k"))  # It expired; the answer took that long.
+    new = await log.create(REQUEST, idempotency_key="k", digest="d")
+    await log.erase(old.stream_id)
+    assert await log.create(REQUEST, idempotency_key="k", digest="d") == (new.stream_id, True)
+
+
+async def test_a_key_is_remembered_as_long_as_its_stream_may_stand(redis: Redis) -> None:
+    log = make_log(redis, live_ms=10_000, retention_ms=20_000)
+    await log.create(REQUEST, idempotency_key="k", digest="d")
+    assert 29_000 < await redis.pttl(keys.idempotency("k")) <= 30_000
+
+
+# Append and read.
+
+
+async def test_ids_are_dense_within_an_attempt(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    assert await append(log, claim, 0, BEGIN) == Appended(3, cancel_asked=False)
+    assert await append(log, claim, 3, END) == Appended(4, cancel_asked=False)
+    assert shape(await log.read(claim.stream_id)) == [
+        ("0-1", "queued"),
+        ("1-0", "started"),
+        ("1-1", "t"),
+        ("1-2", "t"),
+        ("1-3", "completed"),
+    ]
+
+
+async def test_what_is_read_is_what_was_appended(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    texts = ["", "\n", "ü😀", "\u2028", "\0", "\ud83d", "% %s {}"]
+    await append(log, claim, 0, [entry(TEXT, text) for text in texts])
+    assert [event.value() for event in (await log.read(claim.stream_id))[1:]] == texts
+
+
+async def test_a_read_begins_strictly_after_the_cursor(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    events = await log.read(claim.stream_id)
+    for index, event in enumerate(events):
+        assert await log.read(claim.stream_id, event.cursor) == events[index + 1 :]
+    assert await log.read(claim.stream_id, Cursor(9, 9)) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+async def test_a_long_log_is_read_whole(
+    redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("relay.log._PAGE", 2)
+    claim = await claimed(redis)
+    await append(log, claim, 0, [entry(TEXT, str(number)) for number in range(count)])
+    events = await log.read(claim.stream_id)
+    assert [event.cursor for event in events[1:]] == [Cursor(1, seq) for seq in range(count)]
+
+
+async def test_what_is_published_is_what_stands_in_the_log(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    async with redis.pubsub() as pubsub:
+        await pubsub.subscribe(keys.channel(claim.stream_id))
+        await append(log, claim, 0, BEGIN)
+        await append(log, claim, 1, [*BEGIN[1:], entry(TEXT, "c\n"), *END])
+        messages = [m async for m in take(pubsub, 3) if m["type"] == "message"]
+    assert messages[0]["data"] == encode_batch(Cursor(1, 0), BEGIN)
+    published = [event for message in messages for event in decode_batch(message["data"])]
+    assert published == (await log.read(claim.stream_id))[1:]
+
+
+async def take(pubsub: Any, count: int) -> AsyncIterator[dict[str, Any]]:
+    async for message in pubsub.listen():
+        yield message
+        count -= 1
+        if not count:
+            return
+
+
+@pytest.mark.parametrize("entries", [BEGIN, BEGIN + END])
+async def test_to_repeat_an_append_changes_nothing(
+    redis: Redis, log: Log, entries: list[Entry]
+) -> None:
+    claim = await claimed(redis)
+    appended = await append(log, claim, 0, entries)
+    before = await log.read(claim.stream_id)
+    for first in range(len(entries)):
+        assert await append(log, claim, first, entries[first:]) == appended
+    assert await log.read(claim.stream_id) == before
+
+
+async def test_an_append_that_overlaps_adds_only_what_is_new(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN[:2])
+    assert (await append(log, claim, 0, BEGIN + END)).next_seq == 4
+    assert [event.kind for event in (await log.read(claim.stream_id))[1:]] == [
+        *("started", "t", "t", "completed")
+    ]
+
+
+async def test_a_gap_is_answered_by_where_the_log_ends(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await lose_tail(redis, claim.stream_id, keep=3)
+    assert await append(log, claim, 3, END) == Appended(2, cancel_asked=False)
+    assert (await log.state(claim.stream_id)).status == "running"
+    await append(log, claim, 2, [*BEGIN[2:], *END])
+    events = await log.read(claim.stream_id)
+    assert [event.kind for event in events] == ["queued", "started", "t", "t", "completed"]
+    assert [event.data for event in events[1:]] == [data for _, data in BEGIN + END]
+
+
+async def test_of_two_writers_with_one_attempt_only_the_owner_may_write(
+    redis: Redis, log: Log
+) -> None:
+    """Redis forgets its last second, a claim in it, and hands out the same attempt again."""
+    first = await claimed(redis, "one")
+    await set_state(redis, first.stream_id, "attempt", 0)
+    await lapse(redis, first)
+    second = await claim_one(redis, "two")
+    assert second.attempt == first.attempt
+    with pytest.raises(StreamLost, match="fenced"):
+        await append(log, first, 0, BEGIN)
+    await append(log, second, 0, BEGIN)
+
+
+async def test_an_earlier_attempt_is_fenced(redis: Redis, log: Log) -> None:
+    first = await claimed(redis)
+    await append(log, first, 0, BEGIN)
+    await lapse(redis, first)
+    with pytest.raises(StreamLost, match="fenced"):
+        await append(log, first, 3, END)
+    second = await claim_one(redis)
+    for late in (BEGIN, BEGIN + END):
+        with pytest.raises(StreamLost, match="fenced"):
+            await append(log, first, 0, late)
+    await append(log, second, 0, BEGIN[:1])
+    assert shape(await log.read(first.stream_id))[-2:] == [("1-2", "t"), ("2-0", "started")]
+
+
+async def test_started_is_the_time_of_the_newest_attempt(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await set_state(redis, claim.stream_id, "started_ms", 1)
+    await lapse(redis, claim)
+    await append(log, await claim_one(redis), 0, BEGIN)
+    assert (await log.state(claim.stream_id)).started_ms != 1
+
+
+# The end.
+
+
+@pytest.mark.parametrize("kind", [COMPLETED, FAILED, CANCELLED])
+async def test_a_closed_log_never_grows(redis: Redis, log: Log, kind: str) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, [*BEGIN, entry(kind, {})])
+    before = await log.read(claim.stream_id)
+    for first, entries in [(4, END), (4, BEGIN), (3, [entry(TEXT, "x"), *END]), (5, END)]:
+        with pytest.raises(StreamLost):
+            await append(log, claim, first, entries)
+    assert await log.cancel(claim.stream_id) == kind
+    assert await make_claims(redis).sweep() == []
+    assert await make_claims(redis).claim(1) == []
+    assert await log.read(claim.stream_id) == before
+
+
+async def test_who_lost_the_stream_is_not_told_that_its_end_stands(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await lapse(redis, claim)
+    assert await log.cancel(claim.stream_id) == "cancelled"
+    with pytest.raises(StreamLost):
+        await append(log, claim, 3, END)
+
+
+async def test_who_shares_the_attempt_number_is_not_told_that_its_end_stands(
+    redis: Redis, log: Log
+) -> None:
+    first = await claimed(redis, "one")
+    await set_state(redis, first.stream_id, "attempt", 0)
+    await lapse(redis, first)
+    await append(log, await claim_one(redis, "two"), 0, BEGIN + END)
+    with pytest.raises(StreamLost):
+        await append(log, first, 3, END)
+
+
+@pytest.mark.parametrize("by", ["worker", "cancel"])
+async def test_after_the_end_the_log_stands_for_the_retention(redis: Redis, by: str) -> None:
+    log = make_log(redis, live_ms=60_000, retention_ms=2 * HOUR_MS)
+    if by == "worker":
+        claim = await claimed(redis)
+        await append(log, claim, 0, BEGIN)
+        assert 0 < await log.remaining_ms(claim.stream_id) <= 60_000
+        await append(log, claim, 3, END)
+        stream_id = claim.stream_id
+    else:
+        stream_id = (await log.create(REQUEST)).stream_id
+        await log.cancel(stream_id)
+    assert HOUR_MS < await log.remaining_ms(stream_id) <= 2 * HOUR_MS
+    assert HOUR_MS < await redis.pttl(keys.state(stream_id)) <= 2 * HOUR_MS
+
+
+@pytest.mark.parametrize("ending", [COMPLETED, FAILED, CANCELLED, "cancel before the claim"])
+async def test_after_the_end_the_prompt_is_gone_from_redis(
+    redis: Redis, log: Log, ending: str
+) -> None:
+    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
+    assert SECRET in await everything(redis)
+    if ending == "cancel before the claim":
+        await log.cancel(stream_id)
+    else:
+        claim = await claim_one(redis)
+        await append(log, claim, 0, [*BEGIN, entry(ending, {})])
+    assert SECRET not in await everything(redis)
+    assert not await redis.exists(keys.job(stream_id))
+    assert not await redis.zcard(keys.QUEUE) + await redis.zcard(keys.LEASES)
+
+
+# Cancel.
+
+
+async def test_to_cancel_what_waits_ends_it(redis: Redis, log: Log) -> None:
+    stream_id = (await log.create(REQUEST)).stream_id
+    async with redis.pubsub() as pubsub:
+        await pubsub.subscribe(keys.channel(stream_id))
+        assert await log.cancel(stream_id) == "cancelled"
+        _, message = [message async for message in take(pubsub, 2)]
+    events = await log.read(stream_id)
+    assert shape(events) == [("0-1", "queued"), ("0-2", "cancelled")]
+    assert decode_batch(message["data"]) == events[1:]
+    state = await log.state(stream_id)
+    assert (state.status, state.place) == ("cancelled", None)
+    assert state.ended_ms is not None
+
+
+async def test_a_cancel_follows_densely_on_what_a_lost_attempt_wrote(
+    redis: Redis, log: Log
+) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await lapse(redis, claim)
+    assert await log.cancel(claim.stream_id) == "cancelled"
+    assert shape(await log.read(claim.stream_id))[-2:] == [("1-2", "t"), ("1-3", "cancelled")]
+
+
+async def test_to_cancel_what_runs_tells_the_worker_and_ends_nothing(
+    redis: Redis, log: Log
+) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    async with redis.pubsub() as pubsub:
+        await pubsub.subscribe(keys.CONTROL)
+        assert await log.cancel(claim.stream_id) == "cancelling"
+        _, message = [message async for message in take(pubsub, 2)]
+    assert message["data"] == f"cancel {claim.stream_id}".encode()
+    assert (await log.state(claim.stream_id)).status == "running"
+    assert await append(log, claim, 3, [entry(TEXT, "c")]) == Appended(4, cancel_asked=True)
+    assert await append(log, claim, 4, [entry(CANCELLED, {})]) == Appended(5, cancel_asked=True)
+
+
+async def test_a_cancel_outlives_the_worker_that_heard_it(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await log.cancel(claim.stream_id)
+    await lapse(redis, claim)
+    assert (await claim_one(redis)).cancel_asked
+
+
+async def test_to_cancel_again_changes_nothing(redis: Redis, log: Log) -> None:
+    waiting = (await log.create(REQUEST)).stream_id
+    assert [await log.cancel(waiting) for _ in range(3)] == ["cancelled"] * 3
+    assert len(await log.read(waiting)) == 2
+
+    claim = await claimed(redis)
+    assert [await log.cancel(claim.stream_id) for _ in range(3)] == ["cancelling"] * 3
+    await append(log, claim, 0, [*BEGIN, *END])
+    assert [await log.cancel(claim.stream_id) for _ in range(3)] == ["completed"] * 3
+
+
+# Erase, and what is gone.
+
+
+@pytest.mark.parametrize("age", ["queued", "running", "ended"])
+async def test_an_erased_stream_leaves_no_trace(redis: Redis, log: Log, age: str) -> None:
+    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
+    await log.report_viewers("api", {stream_id: 1}, 1.0)
+    if age != "queued":
+        await append(log, await claim_one(redis), 0, BEGIN + (END if age == "ended" else []))
+    async with redis.pubsub() as pubsub:
+        await pubsub.subscribe(keys.CONTROL)
+        await log.erase(stream_id)
+        _, message = [message async for message in take(pubsub, 2)]
+    assert message["data"] == f"erase {stream_id}".encode()
+    assert {key async for key in redis.scan_iter()} <= {keys.WAKE.encode()}
+
+
+async def test_an_erased_log_stays_erased(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await log.erase(claim.stream_id)
+    for first, entries in [(0, BEGIN), (3, END), (3, BEGIN)]:
+        with pytest.raises(StreamLost, match="erased"):
+            await append(log, claim, first, entries)
+    assert await make_claims(redis).renew([claim]) == ["lost"]
+    await make_claims(redis).hand_over(claim)
+    assert await make_claims(redis).sweep() == []
+    assert await make_claims(redis).claim(1) == []
+    assert {key async for key in redis.scan_iter()} <= {keys.WAKE.encode()}
+
+
+async def test_a_log_that_vanished_alone_is_not_begun_again(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    await redis.delete(keys.log(claim.stream_id))
+    with pytest.raises(StreamLost, match="erased"):
+        await append(log, claim, 3, END)
+    with pytest.raises(StreamGone):
+        await log.cancel(claim.stream_id)
+    assert not await redis.exists(keys.log(claim.stream_id))
+
+
+@pytest.mark.parametrize("gone", ["never was", "erased", "expired"])
+@pytest.mark.parametrize("question", ["read", "read after", "state", "cancel", "erase"])
+async def test_what_is_gone_is_said_to_be_gone(
+    redis: Redis, log: Log, gone: str, question: str
+) -> None:
+    stream_id = new_stream_id()
+    if gone != "never was":
+        stream_id = (await log.create(REQUEST)).stream_id
+        await append(log, await claim_one(redis), 0, BEGIN + END)
+    if gone == "erased":
+        await log.erase(stream_id)
+    if gone == "expired":
+        await redis.pexpire(keys.log(stream_id), 0)
+        await redis.pexpire(keys.state(stream_id), 0)
+    ask: dict[str, Any] = {
+        "read": log.read,
+        "read after": lambda stream_id: log.read(stream_id, Cursor(1, 0)),
+        "state": log.state,
+        "cancel": log.cancel,
+        "erase": log.erase,
+    }
+    with pytest.raises(StreamGone):
+        await ask[question](stream_id)
+    assert await log.remaining_ms(stream_id) < 0
+
+
+# Viewers.
+
+
+async def test_each_process_reports_its_viewers(redis: Redis, log: Log) -> None:
+    stream_id = (await log.create(REQUEST)).stream_id
+    await log.report_viewers("one", {stream_id: 2}, 10.5)
+    await log.report_viewers("two", {stream_id: 1}, 11.5)
+    await log.report_viewers("one", {stream_id: 3}, 12.5)
+    assert (await log.state(stream_id)).viewers == {"one": (3, 12.5), "two": (1, 11.5)}
+    assert 0 < await redis.ttl(keys.viewers(stream_id)) <= VIEWERS_SECONDS
+    await log.report_viewers("one", {stream_id: 0}, 13.5)
+    assert (await log.state(stream_id)).viewers == {"two": (1, 11.5)}

@@ -1,0 +1,124 @@
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Literal
+
+import pytest
+import structlog
+
+from relay.logs import configure_logs, get_logger
+
+TOUCHED = [None, "relay", "sse_starlette", "openai", "httpx2"]
+
+
+@contextmanager
+def configured(process: str, log_format: Literal["text", "json"]) -> Iterator[None]:
+    """The logs of a process that has just begun; afterwards as before."""
+    config, bound = structlog.get_config(), structlog.contextvars.get_contextvars()
+    loggers = [logging.getLogger(name) for name in TOUCHED]
+    before = [(logger.handlers, logger.level) for logger in loggers]
+    try:
+        configure_logs(process, log_format)
+        yield
+    finally:
+        for logger, (handlers, level) in zip(loggers, before, strict=True):
+            logger.handlers = handlers
+            logger.setLevel(level)
+        structlog.configure(**config)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(**bound)
+
+
+def test_a_step_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured("api", "text"):
+        get_logger("hub").info("claimed", stream="abc", attempt=2)
+    out, err = capsys.readouterr()
+    time, _, rest = err.partition(" ")
+    assert out == ""
+    assert datetime.fromisoformat(time.removeprefix("timestamp=")).tzinfo is not None
+    assert rest == "level=info process=api event=claimed stream=abc attempt=2\n"
+
+
+def test_as_json_each_line_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured("worker", "json"):
+        get_logger("worker").warning("claimed", stream="abc", attempt=2, again=True)
+        logging.getLogger("uvicorn").warning("port %d\nis taken", 80)
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first.pop("timestamp") <= second.pop("timestamp")
+    assert first == {
+        "level": "warning",
+        "process": "worker",
+        "event": "claimed",
+        "stream": "abc",
+        "attempt": 2,
+        "again": True,
+    }
+    assert second == {"level": "warning", "process": "worker", "event": "port 80\nis taken"}
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_an_exception_is_told_in_the_same_line_without_what_it_quotes(
+    capsys: pytest.CaptureFixture[str], log_format: Literal["text", "json"]
+) -> None:
+    with configured("api", log_format):
+        try:
+            raise RuntimeError("two\nlines")
+        except RuntimeError:
+            get_logger("hub").exception("failed")
+            logging.getLogger("asyncio").exception("failed too")
+    first, second = capsys.readouterr().err.splitlines()
+    for line in (first, second):
+        assert "RuntimeError < " in line
+        assert "test_logs.py" in line
+        assert "two" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest"),
+    [
+        ("relay.hub", logging.INFO),
+        ("uvicorn", logging.WARNING),
+        ("httpx2", logging.WARNING),
+        ("sse_starlette.sse", logging.WARNING),
+        ("openai._base_client", logging.WARNING),
+    ],
+)
+def test_libraries_tell_only_their_warnings(
+    capsys: pytest.CaptureFixture[str], name: str, lowest: int
+) -> None:
+    with configured("api", "text"):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger(name).log(level, "level %d", level)
+    lines = capsys.readouterr().err.splitlines()
+    told = [line.partition("event=")[2] for line in lines]
+    assert told == [f'"level {level}"' for level in (10, 20, 30) if level >= lowest]
+
+
+def test_who_turns_on_debug_still_sees_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured("worker", "text"):
+        logging.getLogger().setLevel(logging.DEBUG)
+        logging.getLogger("openai._base_client").debug("Request options: %s", "a prompt")
+        logging.getLogger("sse_starlette.sse").debug("chunk: %s", "an answer")
+        logging.getLogger("uvicorn").debug("other")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "other" in lines[0]
+
+
+def test_to_configure_again_does_not_double_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured("api", "text"):
+        configure_logs("worker", "text")
+        get_logger("x").info("once")
+    [line] = capsys.readouterr().err.splitlines()
+    assert "process=worker" in line
+
+
+def test_to_import_it_configures_nothing() -> None:
+    look = "import logging, structlog; print(structlog.is_configured(), logging.root.handlers)"
+    command = [sys.executable, "-c", f"import relay.logs; {look}"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout == "False []\n"

@@ -1,0 +1,460 @@
+"""The page, as a person meets it: a real Chromium on the real stack."""
+
+import asyncio
+import itertools
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from typing import Literal
+
+import httpx2
+import pytest
+
+from emulator.app import Emulator
+from emulator.script import prompt
+from relay.settings import Settings
+from tests.conftest import ask, changed, running_api, running_worker
+from worker.claiming import ClaimingWorker
+
+pytest.importorskip("playwright", reason="the browser group is not installed")
+from playwright.async_api import (
+    Browser,
+    Error,
+    Locator,
+    Page,
+    Request,
+    Route,
+    TimeoutError,  # noqa: A004
+    ViewportSize,
+    async_playwright,
+    expect,
+)
+
+pytestmark = pytest.mark.browser
+
+ARGUMENTS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 15_000
+QUIET_MS = 3000
+"""Longer than an EventSource (1 s) and the page itself (2 s) wait before they come back."""
+SLOW = {"chunks": 150, "delay_ms": 40}
+"""Six seconds: time enough to do something in the middle."""
+SLOW_TEXT = "".join(f"{number} " for number in range(150))
+STREAM = re.compile("#([a-z2-7]{32})$")
+RECORD = """() => {
+    window.seen = [];
+    const answer = document.querySelector("#answer");
+    const note = () => seen.push(answer.textContent);
+    new MutationObserver(note).observe(answer, {
+        childList: true, characterData: true, subtree: true,
+    });
+}"""
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    binary = os.environ.get("RELAY_CHROMIUM") or shutil.which("chromium")
+    assert binary, "No chromium is found: install it or name it in RELAY_CHROMIUM."
+    expect.set_options(timeout=PATIENCE_MS)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=binary, args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def page(browser: Browser) -> AsyncIterator[Page]:
+    """A page on which no script may die."""
+    context = await browser.new_context()
+    errors: list[Error] = []
+    context.on("weberror", lambda web_error: errors.append(web_error.error))
+    page = await context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    await context.close()
+    assert errors == []
+
+
+def address(http: httpx2.AsyncClient, stream_id: str = "") -> str:
+    return f"{http.base_url}#{stream_id}" if stream_id else str(http.base_url)
+
+
+def answer_on(page: Page) -> Locator:
+    return page.locator("#answer")
+
+
+def status_on(page: Page) -> Locator:
+    return page.get_by_role("status")
+
+
+def stop_on(page: Page) -> Locator:
+    return page.get_by_role("button", name="Stop")
+
+
+async def type_question(page: Page, text: str) -> None:
+    await page.get_by_label("Your question").fill(text)
+
+
+async def ask_on(page: Page, http: httpx2.AsyncClient, **script: object) -> str:
+    """Ask as a person does; the id of the stream that then stands in the address."""
+    await page.goto(address(http))
+    await type_question(page, prompt(**script))
+    await page.get_by_role("button", name="Ask").click()
+    await expect(page).to_have_url(STREAM)
+    found = STREAM.search(page.url)
+    assert found is not None
+    return found[1]
+
+
+async def shows_exactly(page: Page, text: str) -> None:
+    await expect(answer_on(page)).to_have_js_property("textContent", text)
+
+
+async def logged_text(http: httpx2.AsyncClient, stream_id: str) -> str:
+    return str((await http.get(f"/streams/{stream_id}")).json()["text"])
+
+
+def requests_of(page: Page, ending: str) -> list[Request]:
+    """Fills with the requests of the page whose path ends so."""
+    seen: list[Request] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith(ending):
+            seen.append(request)
+
+    page.on("request", note)
+    return seen
+
+
+async def hold(page: Page, pattern: str) -> asyncio.Queue[Route]:
+    """The requests that match stop here until the test lets them go on."""
+    held: asyncio.Queue[Route] = asyncio.Queue()
+
+    def keep(route: Route) -> None:
+        held.put_nowait(route)
+
+    await page.route(pattern, keep)
+    return held
+
+
+async def asks_nothing_more(page: Page) -> None:
+    with pytest.raises(TimeoutError):
+        await page.wait_for_event("request", timeout=QUIET_MS)
+
+
+async def is_midway(emulator: Emulator) -> None:
+    """What the test does now, it does while the upstream is still talking."""
+    assert (await emulator.request(0)).outcome is None
+
+
+async def test_a_person_types_a_question_and_watches_the_answer_grow(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.goto(address(stack))
+    await page.evaluate(RECORD)
+    await type_question(page, prompt(chunks=20, delay_ms=40))
+    await page.get_by_role("button", name="Ask").click()
+    await expect(status_on(page)).to_have_text("Complete.")
+    seen = [text for text in await page.evaluate("seen") if text]
+    assert seen[-1] == "".join(f"{number} " for number in range(20))
+    assert len(set(seen)) > 5
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+
+
+async def test_enter_sends_the_question(stack: httpx2.AsyncClient, page: Page) -> None:
+    await page.goto(address(stack))
+    await type_question(page, prompt(text=["Hello"]))
+    await page.keyboard.press("Enter")
+    await shows_exactly(page, "Hello")
+
+
+async def test_shift_and_enter_begin_a_line_and_send_nothing(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.goto(address(stack))
+    asked = requests_of(page, "/chat")
+    await type_question(page, "One")
+    await page.keyboard.press("Shift+Enter")
+    await page.keyboard.type("Two")
+    await expect(page.get_by_label("Your question")).to_have_value("One\nTwo")
+    await page.keyboard.press("Enter")
+    await expect(page).to_have_url(STREAM)
+    [request] = asked
+    assert request.post_data_json == {"messages": [{"role": "user", "content": "One\nTwo"}]}
+
+
+async def test_enter_pressed_twice_asks_once(stack: httpx2.AsyncClient, page: Page) -> None:
+    held = await hold(page, "**/chat")
+    await page.goto(address(stack))
+    await type_question(page, prompt(text=["Once"]))
+    await page.keyboard.press("Enter")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("button", name="Ask")).to_be_disabled()
+    await (await held.get()).continue_()
+    await shows_exactly(page, "Once")
+    assert held.empty()
+
+
+async def test_a_question_that_cannot_be_sent_stays_in_its_field(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.route("**/chat", lambda route: route.abort())
+    await page.goto(address(stack))
+    await type_question(page, "Is anybody there?")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert")).to_have_text("The server cannot be reached: try again.")
+    await expect(page.get_by_label("Your question")).to_have_value("Is anybody there?")
+    await page.unroute("**/chat")
+    await page.keyboard.press("Enter")
+    await expect(page).to_have_url(STREAM)
+    await expect(page.get_by_role("alert")).to_be_empty()
+
+
+async def test_a_reload_midway_goes_on_and_ends_with_the_text_of_the_log(
+    stack: httpx2.AsyncClient, page: Page, emulator: Emulator
+) -> None:
+    stream_id = await ask_on(page, stack, **SLOW)
+    await expect(answer_on(page)).to_contain_text("9 10 ")
+    await page.reload()
+    await expect(answer_on(page)).to_contain_text("9 10 ")
+    await is_midway(emulator)
+    await expect(status_on(page)).to_have_text("Complete.")
+    await shows_exactly(page, SLOW_TEXT)
+    assert await logged_text(stack, stream_id) == SLOW_TEXT
+
+
+async def test_a_second_window_shows_the_same_midway_and_at_the_end(
+    stack: httpx2.AsyncClient, page: Page, emulator: Emulator
+) -> None:
+    await ask_on(page, stack, **SLOW)
+    await expect(answer_on(page)).to_contain_text("9 10 ")
+    async with page.context.expect_page() as opening:
+        await page.get_by_role("link", name="second window").click()
+    second = await opening.value
+    await expect(answer_on(second)).to_contain_text("9 10 ")
+    await is_midway(emulator)
+    await shows_exactly(page, SLOW_TEXT)
+    await shows_exactly(second, SLOW_TEXT)
+
+
+async def test_stop_reaches_the_upstream_and_keeps_what_came(
+    stack: httpx2.AsyncClient, page: Page, emulator: Emulator
+) -> None:
+    stream_id = await ask_on(page, stack, chunks=5, end="stall")
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await stop_on(page).click()
+    await expect(status_on(page)).to_have_text("Stopped. This is how far it came.")
+    record = await emulator.request(0)
+    await record.over.wait()
+    assert record.outcome == "disconnected"
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await expect(stop_on(page)).to_be_hidden()
+    assert (await stack.get(f"/streams/{stream_id}")).json()["status"] == "cancelled"
+
+
+async def test_a_failure_of_the_upstream_is_shown_as_a_sentence(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    stream_id = await ask_on(page, stack, chunks=5, after=3, end="eof")
+    await expect(status_on(page)).to_have_text(
+        "The model service ended the answer without finishing it: ask again."
+    )
+    await shows_exactly(page, "0 1 2 ")
+    error = (await stack.get(f"/streams/{stream_id}")).json()["error"]
+    await expect(status_on(page)).to_have_text(error["message"])
+
+
+async def test_markup_in_an_answer_is_shown_as_text(stack: httpx2.AsyncClient, page: Page) -> None:
+    text = "<img src=x onerror=\"document.title = 'owned'\"><b>bold</b> &amp; so on"
+    await ask_on(page, stack, text=[text[:9], text[9:]])
+    await expect(status_on(page)).to_have_text("Complete.")
+    await shows_exactly(page, text)
+    assert await answer_on(page).locator("*").count() == 0
+    await expect(page).to_have_title("chat-relay")
+
+
+async def test_a_refusal_is_shown_as_the_answer(stack: httpx2.AsyncClient, page: Page) -> None:
+    await ask_on(page, stack, refusal="I would rather not.")
+    await shows_exactly(page, "I would rather not.")
+
+
+async def test_an_emoji_that_came_in_two_halves_is_whole(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await ask_on(page, stack, text=["See: "], surrogate=True)
+    await expect(status_on(page)).to_have_text("Complete.")
+    # Each half in a node of its own would be two replacement characters on the screen.
+    nodes = "answer => [...answer.childNodes].map(node => node.data)"
+    assert await answer_on(page).evaluate(nodes) == ["See: \N{GRINNING FACE}"]
+
+
+async def test_a_refused_stop_is_said_once_however_the_answer_goes_on(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.route("**/cancel", lambda route: route.fulfill(status=502, body="<html>"))
+    await ask_on(page, stack, chunks=5, end="stall")
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await stop_on(page).click()
+    await expect(page.get_by_role("alert")).to_have_text("The server answered 502: try again.")
+    await expect(status_on(page)).to_have_text("demo answers …")
+
+
+@pytest.mark.parametrize("name", ["unknown", "..", "%2e%2e", "a/b?c"])
+async def test_an_address_that_names_no_stream_says_so_and_asks_no_more(
+    stack: httpx2.AsyncClient, page: Page, name: str
+) -> None:
+    asked = requests_of(page, "/events")
+    await page.goto(address(stack, name))
+    await expect(status_on(page)).to_have_text("There is no stream with this id.")
+    await asks_nothing_more(page)
+    assert len(asked) <= 1
+    await expect(stop_on(page)).to_be_hidden()
+
+
+async def test_an_erased_stream_says_so_and_asks_no_more(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    stream_id = await ask(stack, text=["Secret"])
+    await stack.delete(f"/streams/{stream_id}")
+    gone = (await stack.get(f"/streams/{stream_id}")).json()
+    assert gone["code"] == "stream_gone"
+    asked = requests_of(page, "/events")
+    await page.goto(address(stack, stream_id))
+    await expect(status_on(page)).to_have_text(gone["detail"])
+    await asks_nothing_more(page)
+    assert len(asked) == 1
+    await shows_exactly(page, "")
+
+
+async def test_a_stream_erased_while_it_is_watched_says_so_and_asks_no_more(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    asked = requests_of(page, "/events")
+    stream_id = await ask_on(page, stack, chunks=5, end="stall")
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await stack.delete(f"/streams/{stream_id}")
+    gone = (await stack.get(f"/streams/{stream_id}")).json()
+    await expect(status_on(page)).to_have_text(gone["detail"])
+    await asks_nothing_more(page)
+    assert len(asked) == 1
+
+
+async def test_after_the_terminal_event_the_page_asks_no_more(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    asked = requests_of(page, "/events")
+    await ask_on(page, stack, chunks=3)
+    await expect(status_on(page)).to_have_text("Complete.")
+    await asks_nothing_more(page)
+    assert len(asked) == 1
+
+
+async def test_after_a_restart_of_the_api_the_page_comes_back_with_the_whole_text_once(
+    settings: Settings, worker: ClaimingWorker, emulator: Emulator, page: Page
+) -> None:
+    asked = requests_of(page, "/events")
+    async with running_api(settings) as http:
+        port = http.base_url.port
+        await ask_on(page, http, **SLOW)
+        await expect(answer_on(page)).to_contain_text("9 10 ")
+    await expect(status_on(page)).to_have_text("Connection lost, coming back …")
+    await expect(answer_on(page)).to_contain_text("9 10 ")
+    await is_midway(emulator)
+    async with running_api(changed(settings, port=port)):
+        await expect(status_on(page)).to_have_text("Complete.")
+        await shows_exactly(page, SLOW_TEXT)
+    assert len(asked) > 1
+    assert re.fullmatch(r"1-\d+", await asked[-1].header_value("last-event-id") or "")
+
+
+async def test_a_server_that_is_away_for_a_while_is_asked_again(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    stream_id = await ask(stack, text=["At last"])
+    answers = iter([503])
+
+    async def refuse_once(route: Route) -> None:
+        if status := next(answers, None):
+            await route.fulfill(status=status)
+        else:
+            await route.continue_()
+
+    await page.route("**/events", refuse_once)
+    await page.goto(address(stack, stream_id))
+    await expect(status_on(page)).to_have_text("Connection lost, coming back …")
+    await shows_exactly(page, "At last")
+    await expect(status_on(page)).to_have_text("Complete.")
+
+
+async def test_a_new_attempt_clears_what_the_one_before_it_said(
+    api: httpx2.AsyncClient, settings: Settings, page: Page
+) -> None:
+    """The stamps in the text are of the moment, so no two attempts say the same."""
+    async with running_worker(settings):
+        stream_id = await ask_on(page, api, chunks=40, delay_ms=50, stamp=True)
+        await expect(answer_on(page)).to_contain_text("9:")
+        await page.evaluate(RECORD)
+    before = await answer_on(page).text_content() or ""
+    async with running_worker(settings):
+        await expect(status_on(page)).to_have_text("Complete.")
+    seen = await page.evaluate("seen")
+    assert "" in seen
+    after = await logged_text(api, stream_id)
+    assert not after.startswith(before[:10])
+    await shows_exactly(page, after)
+
+
+async def test_another_address_leaves_nothing_of_the_stream_before(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    first = await ask(stack, chunks=5, end="stall")
+    second = await ask(stack, text=["Second"])
+    await page.goto(address(stack, first))
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await page.goto(address(stack, second))
+    await expect(status_on(page)).to_have_text("Complete.")
+    await shows_exactly(page, "Second")
+    await page.go_back()
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await expect(stop_on(page)).to_be_visible()
+
+
+async def test_a_late_word_about_a_stream_left_behind_changes_nothing(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    held = await hold(page, "**/streams/unknown")
+    stream_id = await ask(stack, chunks=5, end="stall")
+    await page.goto(address(stack, "unknown"))
+    route = await held.get()
+    await page.goto(address(stack, stream_id))
+    await expect(status_on(page)).to_have_text("demo answers …")
+    async with page.expect_response("**/streams/unknown") as late:
+        await route.continue_()
+    await (await late.value).finished()
+    await shows_exactly(page, "0 1 2 3 4 ")
+    await expect(status_on(page)).to_have_text("demo answers …")
+    await expect(stop_on(page)).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_a_narrow_screen_needs_no_scrolling_to_the_side(
+    stack: httpx2.AsyncClient, browser: Browser, scheme: Literal["light", "dark"]
+) -> None:
+    stream_id = await ask(stack, text=["W" * 500], end="stall")
+    viewport = ViewportSize(width=375, height=700)
+    async with await browser.new_page(viewport=viewport, color_scheme=scheme) as page:
+        await page.goto(address(stack, stream_id))
+        await shows_exactly(page, "W" * 500)
+        assert await page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+async def test_the_description_of_the_api_lists_its_routes(api: httpx2.AsyncClient) -> None:
+    paths = (await api.get("/openapi.json")).json()["paths"]
+    assert {"/chat", "/streams/{stream_id}", "/streams/{stream_id}/events"} <= set(paths)

@@ -1,0 +1,327 @@
+"""The native API over a real uvicorn, without a worker: what a caller gets back."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx2
+import pytest
+from redis.asyncio import Redis
+
+from relay.ids import new_stream_id
+from relay.settings import MIB, Settings
+from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
+
+UNKNOWN = "no-such-stream"
+
+
+def code(response: httpx2.Response, status: int) -> str:
+    """The stable code of a problem; everything that a problem must have is checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["status"] == status
+    assert problem["type"] == f"urn:chat-relay:problem:{problem['code']}"
+    assert problem["title"]
+    assert problem["detail"].endswith(".")
+    assert "Traceback" not in response.text
+    return str(problem["code"])
+
+
+async def test_a_job_is_accepted_at_once_with_where_to_watch_it(api: httpx2.AsyncClient) -> None:
+    response = await api.post("/chat", json=asking())
+    assert response.status_code == 202
+    body = response.json()
+    stream_id = body["stream_id"]
+    assert body == {
+        "stream_id": stream_id,
+        "status": "queued",
+        "url": f"/streams/{stream_id}",
+        "events_url": f"/streams/{stream_id}/events",
+        "cancel_url": f"/streams/{stream_id}/cancel",
+    }
+    assert response.headers["location"] == f"/streams/{stream_id}"
+    assert response.headers["x-stream-id"] == stream_id
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "expected", "field"),
+    [
+        ("{nonsense", 400, "bad_json", None),
+        ("", 422, "invalid_request", "body"),
+        ("[]", 422, "invalid_request", "body"),
+        ("{}", 422, "invalid_request", "messages"),
+        ('{"messages": []}', 422, "invalid_request", "messages"),
+        ('{"messages": "Hello"}', 422, "invalid_request", "messages"),
+        ('{"messages": [{"content": "x"}]}', 422, "invalid_request", "messages.0.role"),
+        ('{"messages": [{"role": "king"}]}', 422, "invalid_request", "messages.0.role"),
+        ('{"messages": [{"role": "user"}], "temprature": 1}', 422, "invalid_request", "temprature"),
+        ('{"messages": [{"role": "user"}], "model": "x"}', 422, "invalid_request", "model"),
+        ('{"messages": [{"role": "user"}], "base_url": "x"}', 422, "invalid_request", "base_url"),
+        (
+            '{"messages": [{"role": "user"}], "temperature": 9}',
+            422,
+            "invalid_request",
+            "temperature",
+        ),
+    ],
+)
+async def test_bad_input_is_refused_by_name_and_nothing_is_created(
+    api: httpx2.AsyncClient, redis: Redis, body: str, status: int, expected: str, field: str | None
+) -> None:
+    headers = {"content-type": "application/json"}
+    response = await api.post("/chat", content=body, headers=headers)
+    assert code(response, status) == expected
+    if field is not None:
+        assert field in [error["field"] for error in response.json()["errors"]]
+    assert await redis.keys("relay:*") == []
+
+
+async def test_what_the_chat_completions_api_knows_is_passed_on(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    body: dict[str, Any] = {
+        **asking(),
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "response_format": {"type": "json_object"},
+        "seed": 7,
+        "n": 2,
+        "logprobs": True,
+        "reasoning_effort": "low",
+        "max_completion_tokens": 5,
+    }
+    await api.post("/chat", json=body)
+    [claim] = await make_claims(redis).claim(1)
+    assert claim.request == body
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_over_the_limit_is_refused(api: httpx2.AsyncClient, chunked: bool) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * MIB}]}).encode()
+
+    async def pieces() -> Any:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    content: Any = pieces() if chunked else body
+    headers = {"content-type": "application/json"}
+    response = await api.post("/chat", content=content, headers=headers)
+    assert code(response, 413) == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/streams/{}"),
+        ("GET", "/streams/{}/events"),
+        ("POST", "/streams/{}/cancel"),
+        ("DELETE", "/streams/{}"),
+    ],
+)
+async def test_unknown_is_404_and_gone_is_410_everywhere(
+    api: httpx2.AsyncClient, method: str, path: str
+) -> None:
+    gone = new_stream_id()
+    assert code(await api.request(method, path.format(UNKNOWN)), 404) == "stream_unknown"
+    assert code(await api.request(method, path.format(gone)), 410) == "stream_gone"
+
+
+@pytest.mark.parametrize("cursor", ["x", "1", "-1-0", "1-0-0", "01-1", "1-" + "9" * 40, "\uff11-1"])
+async def test_a_malformed_cursor_is_refused(api: httpx2.AsyncClient, cursor: str) -> None:
+    stream_id = await ask(api)
+    path = f"/streams/{stream_id}/events"
+    response = await api.get(path, params={"last_event_id": cursor})
+    assert code(response, 400) == "malformed_cursor"
+
+
+async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncClient) -> None:
+    headers = {"idempotency-key": "k"}
+    ids = {
+        (await api.post("/chat", json=asking(), headers=headers)).json()["stream_id"]
+        for _ in range(3)
+    }
+    assert len(ids) == 1
+    response = await api.post("/chat", json=asking(chunks=7), headers=headers)
+    assert code(response, 409) == "idempotency_conflict"
+
+
+async def test_a_full_queue_is_told_before_a_stream_exists(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(changed(settings, queue_limit=2)) as api:
+        for _ in range(2):
+            await ask(api)
+        before = await redis.dbsize()
+        response = await api.post("/chat", json=asking())
+        assert code(response, 503) == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        assert await redis.dbsize() == before
+
+
+async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) -> None:
+    ids = [await ask(api) for _ in range(3)]
+    statuses = [(await api.get(f"/streams/{stream_id}")).json() for stream_id in ids]
+    assert [status["place"] for status in statuses] == [1, 2, 3]
+    assert {status["status"] for status in statuses} == {"queued"}
+    assert statuses[0]["text"] == ""
+
+
+async def test_a_queued_stream_is_cancelled_on_the_spot_however_often_it_is_asked(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    stream_id = await ask(api)
+    for _ in range(3):
+        response = await api.post(f"/streams/{stream_id}/cancel")
+        assert response.json() == {"stream_id": stream_id, "status": "cancelled"}
+    assert await make_claims(redis).claim(1) == []
+    assert (await api.get(f"/streams/{stream_id}")).json()["status"] == "cancelled"
+
+
+async def test_erased_means_erased(api: httpx2.AsyncClient, redis: Redis) -> None:
+    stream_id = (await api.post("/chat", json=asking(), headers={"idempotency-key": "k"})).json()[
+        "stream_id"
+    ]
+    assert (await api.delete(f"/streams/{stream_id}")).status_code == 204
+    assert code(await api.get(f"/streams/{stream_id}"), 410) == "stream_gone"
+    assert code(await api.delete(f"/streams/{stream_id}"), 410) == "stream_gone"
+    assert [key for key in await redis.keys("*") if key != b"relay:wake"] == []
+
+
+async def test_an_expired_stream_is_gone_and_not_empty(settings: Settings, redis: Redis) -> None:
+    async with running_api(changed(settings, live_seconds=1)) as api:
+        stream_id = await ask(api)
+        # What Redis does after live_seconds, now.
+        await redis.pexpire(f"relay:{stream_id}:log", 1)
+        await redis.pexpire(f"relay:{stream_id}:state", 1)
+        await asyncio.sleep(0.005)
+        assert code(await api.get(f"/streams/{stream_id}/events"), 410) == "stream_gone"
+
+
+async def test_a_cursor_at_the_terminal_event_is_answered_by_204(
+    api: httpx2.AsyncClient,
+) -> None:
+    stream_id = await ask(api)
+    await api.post(f"/streams/{stream_id}/cancel")
+    headers = {"last-event-id": "0-2"}
+    response = await api.get(f"/streams/{stream_id}/events", headers=headers)
+    assert response.status_code == 204
+    response = await api.get(f"/streams/{stream_id}/events", params={"last_event_id": "0-2"})
+    assert response.status_code == 204
+
+
+async def test_a_stream_cannot_be_cached_or_held_back_on_its_way(api: httpx2.AsyncClient) -> None:
+    stream_id = await ask(api)
+    await api.post(f"/streams/{stream_id}/cancel")
+    response = await api.get(f"/streams/{stream_id}/events")
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache, no-transform"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.headers["x-stream-id"] == stream_id
+    assert "content-length" not in response.headers
+
+
+async def test_nothing_here_is_a_problem_too(api: httpx2.AsyncClient) -> None:
+    assert code(await api.get("/nowhere"), 404) == "not_found"
+    assert code(await api.get("/chat"), 405) == "method_not_allowed"
+
+
+async def test_a_fault_of_ours_shows_no_trace_of_itself(
+    api: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("relay.log.Log.state", broken)
+    response = await api.get(f"/streams/{new_stream_id()}")
+    assert code(response, 500) == "internal"
+    assert "secret" not in response.text
+
+
+async def test_redis_away_is_503_at_once_and_over_when_it_is_back(
+    api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream_id = await ask(api)
+    await redis.config_set("maxmemory", "1")
+    try:
+        response = await api.post("/chat", json=asking())
+        assert code(response, 503) == "redis_away"
+        assert int(response.headers["retry-after"]) > 0
+    finally:
+        await redis.config_set("maxmemory", "0")
+    assert (await api.get(f"/streams/{stream_id}")).status_code == 200
+
+
+async def test_health_and_readiness(api: httpx2.AsyncClient) -> None:
+    assert (await api.get("/healthz")).json() == {"status": "ok"}
+    assert (await api.get("/readyz")).json() == {"status": "ok"}
+
+
+async def test_other_origins_are_let_in_only_where_they_are_named(settings: Settings) -> None:
+    origin = {"origin": "https://app.example"}
+    async with running_api(settings) as api:
+        response = await api.get("/healthz", headers=origin)
+        assert "access-control-allow-origin" not in response.headers
+    async with running_api(changed(settings, cors_origins="https://app.example")) as api:
+        response = await api.get("/healthz", headers=origin)
+        assert response.headers["access-control-allow-origin"] == "https://app.example"
+
+
+async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None:
+    document = (await api.get("/openapi.json")).json()
+    paths = document["paths"]
+    assert set(paths) == {
+        "/chat",
+        "/streams/{stream_id}",
+        "/streams/{stream_id}/events",
+        "/streams/{stream_id}/cancel",
+        "/healthz",
+        "/readyz",
+    }
+    events = paths["/streams/{stream_id}/events"]["get"]
+    streamed = events["responses"]["200"]["content"]
+    assert {"text/event-stream", "text/plain"} <= set(streamed)
+    assert "started" in streamed["text/event-stream"]["example"]
+    assert {"last-event-id", "last_event_id"} <= {p["name"] for p in events["parameters"]}
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert operation["summary"], path
+            errors = [s for s in operation["responses"] if s >= "400"]
+            for status in errors:
+                assert "application/problem+json" in operation["responses"][status]["content"], path
+    request = document["components"]["schemas"]["ChatRequest"]
+    assert request["examples"]
+
+
+async def test_the_page_is_served(api: httpx2.AsyncClient) -> None:
+    assert "<title>chat-relay</title>" in (await api.get("/")).text
+    assert (await api.get("/page.js")).headers["content-type"].startswith("text/javascript")
+
+
+async def test_how_many_watch_is_told_by_every_process(settings: Settings, redis: Redis) -> None:
+    async with running_api(settings) as one, running_api(settings) as two:
+        stream_id = await ask(one)
+
+        async def viewers(api: httpx2.AsyncClient) -> int:
+            return int((await api.get(f"/streams/{stream_id}")).json()["viewers"])
+
+        async def counted(api: httpx2.AsyncClient, expected: int) -> None:
+            async def so_many() -> bool:
+                return await viewers(api) == expected
+
+            await until(so_many)
+
+        async with one.sse(f"/streams/{stream_id}/events") as source:
+            events = aiter(source)
+            await anext(events)
+            await counted(one, 1)
+            await counted(two, 1)
+        await counted(one, 0)
+        await counted(two, 0)
+
+
+async def test_a_process_that_died_stops_counting(settings: Settings, redis: Redis) -> None:
+    async with running_api(settings) as api:
+        stream_id = await ask(api)
+        log = make_log(redis)
+        await log.report_viewers("dead", {stream_id: 9}, seconds=0)
+        assert (await api.get(f"/streams/{stream_id}")).json()["viewers"] == 0

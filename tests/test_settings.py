@@ -1,0 +1,265 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from relay.errors import ConfigurationError
+from relay.settings import Settings, UpstreamSettings, load_settings
+
+# Read before a fixture turns it off.
+ENV_FILE = Settings.model_config.get("env_file")
+
+AZURE = {
+    "AZURE_OPENAI_ENDPOINT": "https://name.openai.azure.com",
+    "AZURE_OPENAI_KEY": "azure-secret",
+    "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "gpt",
+}
+OPENAI = {"OPENAI_API_KEY": "openai-secret", "OPENAI_MODEL": "gpt"}
+SCOPE = "https://cognitiveservices.azure.com/.default"
+
+
+def load(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Settings:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    return load_settings()
+
+
+def without(environment: dict[str, str], variable: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != variable}
+
+
+def upstream(**parts: Any) -> UpstreamSettings:
+    return UpstreamSettings(**({"kind": "azure", "model": "gpt"} | parts))
+
+
+def azure(**parts: Any) -> UpstreamSettings:
+    classic = {
+        "base_url": AZURE["AZURE_OPENAI_ENDPOINT"],
+        "api_key": SecretStr("azure-secret"),
+        "api_version": "2024-10-21",
+    }
+    return upstream(**(classic | parts))
+
+
+def v1(path: str) -> str:
+    return AZURE["AZURE_OPENAI_ENDPOINT"] + path
+
+
+def test_everything_has_a_default_but_the_upstream() -> None:
+    settings = load_settings()
+    assert settings.upstream is None
+    assert settings.redis_url == "redis://127.0.0.1:6379/0"
+
+
+def test_units_are_converted_once() -> None:
+    settings = Settings(live_seconds=2, retention_seconds=3, lease_seconds=0.5)
+    assert (settings.live_ms, settings.retention_ms, settings.lease_ms) == (2000, 3000, 500)
+
+
+CONFIGURED: list[tuple[dict[str, str], UpstreamSettings]] = [
+    (AZURE, azure()),
+    (AZURE | {"OPENAI_API_VERSION": "2025-01-01"}, azure(api_version="2025-01-01")),
+    (AZURE | {"OPENAI_API_KEY": "of something else"}, azure()),
+    (
+        without(AZURE, "AZURE_OPENAI_KEY") | {"AZURE_OPENAI_API_KEY": "other"},
+        azure(api_key=SecretStr("other")),
+    ),
+    (
+        without(AZURE, "AZURE_OPENAI_CHATGPT_DEPLOYMENT") | {"AZURE_OPENAI_DEPLOYMENT": "other"},
+        azure(model="other"),
+    ),
+    (
+        without(AZURE, "AZURE_OPENAI_KEY") | {"AZURE_OPENAI_ENTRA": "1"},
+        azure(api_key=None, entra_scope=SCOPE),
+    ),
+    (AZURE | {"AZURE_OPENAI_ENTRA": "true"}, azure(api_key=None, entra_scope=SCOPE)),
+    (AZURE | {"AZURE_OPENAI_ENTRA": "0"}, azure()),
+    (
+        AZURE | {"AZURE_OPENAI_ENTRA": "1", "AZURE_OPENAI_SCOPE": "https://x/.default"},
+        azure(api_key=None, entra_scope="https://x/.default"),
+    ),
+    *(
+        (
+            AZURE | {"AZURE_OPENAI_ENDPOINT": v1(path)},
+            azure(kind="openai", base_url=v1(path), api_version=None),
+        )
+        for path in ("/openai/v1", "/openai/v1/")
+    ),
+    (
+        AZURE | {"AZURE_OPENAI_ENDPOINT": v1("/openai/v1"), "AZURE_OPENAI_ENTRA": "1"},
+        upstream(kind="openai", base_url=v1("/openai/v1"), entra_scope=SCOPE),
+    ),
+    (OPENAI, upstream(kind="openai", base_url=None, api_key=SecretStr("openai-secret"))),
+    (
+        OPENAI | {"OPENAI_BASE_URL": "http://localhost:11434/v1"},
+        upstream(
+            kind="openai",
+            base_url="http://localhost:11434/v1",
+            api_key=SecretStr("openai-secret"),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "expected"), CONFIGURED)
+def test_a_whole_configuration_is_an_upstream(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: UpstreamSettings
+) -> None:
+    assert load(monkeypatch, environment).upstream == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        (without(AZURE, "AZURE_OPENAI_ENDPOINT"), "AZURE_OPENAI_ENDPOINT"),
+        (without(AZURE, "AZURE_OPENAI_KEY"), "AZURE_OPENAI_KEY"),
+        (without(AZURE, "AZURE_OPENAI_KEY"), "AZURE_OPENAI_ENTRA"),
+        (without(AZURE, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"), "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
+        ({"AZURE_OPENAI_ENTRA": "1"}, "AZURE_OPENAI_ENDPOINT"),
+        (without(OPENAI, "OPENAI_API_KEY"), "OPENAI_API_KEY"),
+        (without(OPENAI, "OPENAI_MODEL"), "OPENAI_MODEL"),
+        ({"OPENAI_BASE_URL": "http://localhost/v1"}, "OPENAI_API_KEY"),
+    ],
+)
+def test_half_a_configuration_names_the_variable_to_set(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], variable: str
+) -> None:
+    settings = load(monkeypatch, environment)
+    with pytest.raises(ConfigurationError, match=rf"Set .*\b{variable}\b"):
+        _ = settings.upstream
+
+
+@pytest.mark.parametrize(
+    ("variable", "rest"), [("AZURE_OPENAI_ENDPOINT", AZURE), ("OPENAI_BASE_URL", OPENAI)]
+)
+@pytest.mark.parametrize(
+    "url", ["name.openai.azure.com", "ftp://x", "https://", "//x", "https://[x", "https://x]/"]
+)
+def test_an_upstream_url_that_is_none_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, rest: dict[str, str], url: str
+) -> None:
+    settings = load(monkeypatch, rest | {variable: url})
+    with pytest.raises(ConfigurationError, match=variable):
+        _ = settings.upstream
+
+
+@pytest.mark.parametrize(
+    "openai", [OPENAI, {"OPENAI_MODEL": "m"}, {"OPENAI_BASE_URL": "http://localhost/v1"}]
+)
+@pytest.mark.parametrize("other", [AZURE, {"AZURE_OPENAI_ENTRA": "1"}])
+def test_two_upstreams_are_refused(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, str], openai: dict[str, str]
+) -> None:
+    settings = load(monkeypatch, other | openai)
+    with pytest.raises(ConfigurationError, match="Two upstreams"):
+        _ = settings.upstream
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("REDIS_URL", "http://localhost:6379"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://[x"),
+        ("RELAY_PORT", "http"),
+        ("RELAY_PORT", "65536"),
+        ("RELAY_PORT", "-1"),
+        ("RELAY_WORKERS", "0"),
+        ("RELAY_QUEUE_LIMIT", "0"),
+        ("RELAY_CONCURRENCY", "0"),
+        ("RELAY_LEASE_SECONDS", "0"),
+        ("RELAY_LEASE_SECONDS", "nan"),
+        ("RELAY_LEASE_SECONDS", "soon"),
+        ("RELAY_GRACE_SECONDS", "-1"),
+        ("RELAY_TEMPERATURE", "2.1"),
+        ("RELAY_MAX_TOKENS", "0"),
+        ("RELAY_MAX_ATTEMPTS", "0"),
+        ("RELAY_RETENTION_SECONDS", "1.5"),
+        ("RELAY_LOG_FORMAT", "xml"),
+        ("AZURE_OPENAI_ENTRA", "perhaps"),
+    ],
+)
+def test_a_bad_value_names_its_variable_and_is_not_repeated_to_the_user(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^{variable}: ") as refusal:
+        load(monkeypatch, {variable: value})
+    assert "\n" not in refusal.value.message
+
+
+@pytest.mark.parametrize("seconds", ["0.0001", "inf"])
+def test_a_lease_that_redis_cannot_keep_is_refused(
+    monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    with pytest.raises(ConfigurationError, match="RELAY_LEASE_SECONDS"):
+        load(monkeypatch, {"RELAY_LEASE_SECONDS": seconds})
+
+
+@pytest.mark.parametrize("url", ["redis://:pw@host:1/2", "rediss://host", "unix:///tmp/x?db=1"])
+def test_every_way_to_a_redis_is_allowed(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    assert load(monkeypatch, {"REDIS_URL": url}).redis_url == url
+
+
+def test_an_empty_variable_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(
+        monkeypatch,
+        without(AZURE, "AZURE_OPENAI_KEY")
+        | {"AZURE_OPENAI_KEY": "", "AZURE_OPENAI_API_KEY": "second", "OPENAI_BASE_URL": ""}
+        | {"RELAY_PORT": "", "REDIS_URL": ""},
+    )
+    assert settings.upstream == azure(api_key=SecretStr("second"))
+    assert (settings.port, settings.redis_url) == (8000, "redis://127.0.0.1:6379/0")
+
+
+def test_settings_are_frozen() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        azure().model = "other"  # type: ignore[misc]
+
+
+def test_a_changed_copy_has_its_own_upstream() -> None:
+    settings = Settings(openai_key=SecretStr("k"), openai_model="one")
+    assert settings.upstream is not None
+    changed = settings.model_copy(update={"openai_model": "two"}).upstream
+    assert changed is not None
+    assert changed.model == "two"
+
+
+def test_no_key_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, AZURE | {"OPENAI_API_KEY": "openai-secret"})
+    printed = f"{settings!r} {settings} {settings.upstream!r} {settings.upstream}"
+    assert "secret" not in printed
+
+
+@pytest.fixture
+def env_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setitem(Settings.model_config, "env_file", ENV_FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / ".env"
+
+
+def test_the_env_file_of_the_working_directory_is_read(env_file: Path) -> None:
+    env_file.write_text("RELAY_PORT=9000\nRELAY_HOST=\nUNHEARD_OF=1\nOPENAI_MODEL='m' # note\n")
+    settings = load_settings()
+    assert (settings.port, settings.host, settings.openai_model) == (9000, "127.0.0.1", "m")
+
+
+def test_the_environment_stands_above_the_env_file(
+    env_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env_file.write_text("RELAY_PORT=9000\n")
+    assert load(monkeypatch, {"RELAY_PORT": "9001"}).port == 9001
+
+
+def test_a_bad_value_in_the_env_file_names_its_variable(env_file: Path) -> None:
+    env_file.write_text("RELAY_PORT=http\n")
+    with pytest.raises(ConfigurationError, match=r"^RELAY_PORT: "):
+        load_settings()
+
+
+def test_no_env_file_is_no_error(env_file: Path) -> None:
+    assert not env_file.exists()
+    assert load_settings().port == 8000

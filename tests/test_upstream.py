@@ -1,0 +1,565 @@
+import asyncio
+import inspect
+import json
+import sys
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from types import ModuleType
+from typing import Any
+
+import pytest
+from openai.resources.chat.completions import AsyncCompletions
+
+from api.chat_request import ChatRequest
+from emulator.app import Emulator, Receive, Record, Send
+from emulator.serve import serve
+from relay.chunks import Chunk
+from relay.errors import ConfigurationError, UpstreamError
+from relay.events import first_choice_text
+from relay.settings import Settings
+from tests.conftest import asking
+from worker.upstream import Upstream
+
+SECRET = "the secret of the vendor"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.retry.FIRST_SECONDS", 0.001)
+
+
+@asynccontextmanager
+async def azure(url: str, **changes: Any) -> AsyncIterator[Upstream]:
+    target = {"azure_endpoint": url, "azure_key": "key", "azure_deployment": "demo"}
+    async with opened(**{**target, **changes}) as upstream:
+        yield upstream
+
+
+@asynccontextmanager
+async def openai(url: str, **changes: Any) -> AsyncIterator[Upstream]:
+    async with opened(
+        openai_base_url=f"{url}/v1", openai_key="key", openai_model="gpt", **changes
+    ) as upstream:
+        yield upstream
+
+
+@asynccontextmanager
+async def opened(**settings: Any) -> AsyncIterator[Upstream]:
+    upstream = Upstream(Settings(**settings))
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+
+
+@asynccontextmanager
+async def answering(response: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """An upstream that gives every request the same bytes; the value holds what it was asked."""
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        [length] = [line for line in head.lower().split(b"\r\n") if line[:15] == b"content-length:"]
+        asked.append(head + await reader.readexactly(int(length[15:])))
+        writer.write(response)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+
+
+def http(status: int, body: bytes, kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+    return f"{head}connection: close\r\n\r\n".encode() + body
+
+
+def refusal(status: int, **error: Any) -> bytes:
+    return http(status, json.dumps({"error": {"message": SECRET, **error}}).encode())
+
+
+async def chunks_of(upstream: Upstream, **script: Any) -> list[Chunk]:
+    return await asked(upstream, asking(**script))
+
+
+async def asked(upstream: Upstream, request: dict[str, Any]) -> list[Chunk]:
+    async with asyncio.timeout(5):
+        return [chunk async for chunk in upstream.stream(request)]
+
+
+async def failure_of(upstream: Upstream, **script: Any) -> tuple[list[Chunk], UpstreamError]:
+    chunks = []
+    try:
+        async with asyncio.timeout(5):
+            async for chunk in upstream.stream(asking(**script)):
+                chunks.append(chunk)
+    except UpstreamError as error:
+        return chunks, error
+    pytest.fail("it did not fail")
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(map(first_choice_text, chunks))
+
+
+async def ended(emulator: Emulator, number: int = 0) -> Record:
+    async with asyncio.timeout(1):
+        record = await emulator.request(number)
+        await record.over.wait()
+    return record
+
+
+# What comes
+
+
+async def test_the_chunks_come_as_they_were_sent(emulator_url: str) -> None:
+    async with azure(emulator_url) as upstream:
+        chunks = await chunks_of(upstream, chunks=3, late_filter="annotations")
+    assert chunks[0]["choices"] == []
+    assert chunks[0]["id"] == chunks[0]["model"] == ""
+    assert chunks[0]["prompt_filter_results"][0]["prompt_index"] == 0
+    assert text_of(chunks) == "0 1 2 "
+    assert [list(c["choices"][0]["delta"]) for c in chunks[2:5]] == [["content"]] * 3
+    finish = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]].index("stop") + 1
+    late = chunks[finish + 1 : -1]
+    assert [chunk["choices"][0]["content_filter_offsets"]["end_offset"] for chunk in late] == [3, 6]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+
+
+async def test_raw_chunks_pass_through_with_every_field_and_no_model_in_between(
+    emulator_url: str,
+) -> None:
+    raw = [
+        {"choices": [], "odd": {"deep": [1, None, "\u2028"]}},
+        {"id": 7, "choices": [{"index": 0, "delta": {"content": "a\r\nb", "new": 1.5}}]},
+    ]
+    async with openai(emulator_url) as upstream:
+        assert await chunks_of(upstream, raw=raw) == raw
+
+
+async def test_half_an_emoji_survives(emulator_url: str) -> None:
+    async with azure(emulator_url) as upstream:
+        text = text_of(await chunks_of(upstream, surrogate=True))
+    assert text == "\ud83d\ude00"
+
+
+# Where it goes
+
+
+async def test_the_classic_path_names_deployment_version_and_key() -> None:
+    async with (
+        answering(refusal(401)) as (url, requests),
+        azure(url, api_version="2031-01-01") as upstream,
+    ):
+        await failure_of(upstream)
+    [request] = requests
+    line, *lines = request.split(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    path = b"/openai/deployments/demo/chat/completions?api-version=2031-01-01"
+    assert line == b"post " + path + b" http/1.1"
+    assert b"api-key: key" in lines
+
+
+@pytest.mark.parametrize("kind", ["azure v1", "openai"])
+async def test_the_other_paths_carry_a_bearer_and_no_version(kind: str) -> None:
+    async with answering(refusal(401)) as (url, requests):
+        v1 = azure(f"{url}/openai/v1/") if kind == "azure v1" else openai(url)
+        async with v1 as upstream:
+            await failure_of(upstream)
+    line, *lines = requests[0].split(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    path = b"/openai/v1" if kind == "azure v1" else b"/v1"
+    assert line == b"post " + path + b"/chat/completions http/1.1"
+    assert b"authorization: bearer key" in lines
+    assert not [each for each in lines if each.startswith(b"api-key")]
+
+
+async def test_all_three_paths_lead_to_an_answer(emulator: Emulator, emulator_url: str) -> None:
+    async with (
+        azure(emulator_url) as classic,
+        azure(f"{emulator_url}/openai/v1/") as v1,
+        openai(emulator_url) as plain,
+    ):
+        for upstream in (classic, v1, plain):
+            assert text_of(await chunks_of(upstream, chunks=2)) == "0 1 "
+    assert [(record.path, record.body["model"]) for record in emulator.requests] == [
+        ("/openai/deployments/demo/chat/completions", "demo"),
+        ("/openai/v1/chat/completions", "demo"),
+        ("/v1/chat/completions", "gpt"),
+    ]
+
+
+async def test_a_stored_request_cannot_choose_where_the_call_goes(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    aims = {"model": "dearer", "stream": False, "stream_options": {"include_usage": False}}
+    async with openai(emulator_url) as upstream:
+        chunks = await asked(upstream, {**asking(chunks=2), **aims})
+    [record] = emulator.requests
+    assert record.body["model"] == "gpt"
+    assert record.body["stream"] is True
+    assert record.body["stream_options"] == {"include_usage": True}
+    assert chunks[-1]["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"extra_body": {"model": "dearer"}},
+        {"extra_headers": {"authorization": "theirs"}},
+        {"extra_query": {"theirs": "1"}},
+    ],
+)
+async def test_an_option_of_the_sdk_in_a_request_cannot_choose_it_either(
+    option: dict[str, Any],
+) -> None:
+    async with answering(refusal(401)) as (url, requests), openai(url) as upstream:
+        with suppress(UpstreamError):
+            await asked(upstream, {**asking(), **option})
+    for request in requests:
+        head, _, body = request.partition(b"\r\n\r\n")
+        assert b"theirs" not in head
+        assert json.loads(body)["model"] == "gpt"
+
+
+def test_the_sdk_knows_every_field_that_the_api_accepts() -> None:
+    known = inspect.signature(AsyncCompletions.create).parameters
+    assert set(ChatRequest.model_fields) <= set(known)
+
+
+# What is added
+
+
+@pytest.mark.parametrize(
+    ("settings", "request_", "sent"),
+    [
+        ({}, {}, {}),
+        ({"temperature": 0.0}, {}, {"temperature": 0.0}),
+        ({"temperature": 0.3}, {"temperature": 1.1}, {"temperature": 1.1}),
+        ({}, {"temperature": 1.1}, {"temperature": 1.1}),
+        ({"max_tokens": 9}, {}, {"max_tokens": 9}),
+        ({"max_tokens": 9}, {"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": 9}, {"max_completion_tokens": 5}, {"max_completion_tokens": 5}),
+    ],
+)
+async def test_defaults_are_sent_when_set_and_never_override_the_request(
+    settings: dict[str, Any],
+    request_: dict[str, Any],
+    sent: dict[str, Any],
+    emulator: Emulator,
+    emulator_url: str,
+) -> None:
+    async with azure(emulator_url, **settings) as upstream:
+        await asked(upstream, {**asking(chunks=1), **request_})
+    [record] = emulator.requests
+    assert set(record.body) == {"messages", "model", "stream", "stream_options", *sent}
+    assert {name: record.body[name] for name in sent} == sent
+    assert record.body["messages"] == asking(chunks=1)["messages"]
+
+
+async def test_the_system_prompt_stands_before_the_callers_messages(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    request = asking(chunks=1)
+    request["messages"].insert(0, {"role": "system", "content": "theirs"})
+    async with azure(emulator_url, system_prompt="ours") as upstream:
+        await asked(upstream, request)
+        await asked(upstream, request)
+    ours, theirs = {"role": "system", "content": "ours"}, asking(chunks=1)["messages"]
+    for record in emulator.requests:
+        assert record.body["messages"] == [ours, {"role": "system", "content": "theirs"}, *theirs]
+    assert len(request["messages"]) == 2
+
+
+# Asking again
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+async def test_after_a_passing_failure_it_asks_again_and_gives_one_answer(
+    status: int, emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url, upstream_tries=3) as upstream:
+        chunks = await chunks_of(upstream, chunks=3, status=status, status_times=2, key="k")
+    assert text_of(chunks) == "0 1 2 "
+    assert emulator.total == 3
+
+
+async def test_it_waits_as_long_as_a_429_asks(emulator: Emulator, emulator_url: str) -> None:
+    async with azure(emulator_url, upstream_tries=2) as upstream:
+        script = {"status": 429, "status_times": 1, "retry_after_ms": 120, "retry_after": 9}
+        assert text_of(await chunks_of(upstream, chunks=1, **script)) == "0 "
+    refused, answered = emulator.requests
+    assert refused.ended is not None
+    # The upper bound is generous for a busy machine, and far below the nine seconds.
+    assert 0.12 <= answered.started - refused.ended < 2
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+@pytest.mark.parametrize("status", [429, 503])
+async def test_the_tries_are_bounded(
+    status: int, tries: int, emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url, upstream_tries=tries) as upstream:
+        _, error = await failure_of(upstream, status=status)
+    assert error.retryable
+    assert emulator.total == tries
+
+
+@pytest.mark.parametrize("end", ["reset", "error", "garbage", "stall"])
+async def test_after_the_first_chunk_it_never_asks_again(
+    end: str, emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url, upstream_tries=4, stall_seconds=0.1) as upstream:
+        chunks, error = await failure_of(upstream, chunks=20, after=3, end=end)
+    assert text_of(chunks) == "0 1 2 "
+    assert error.retryable
+    assert emulator.total == 1
+
+
+async def test_an_error_in_place_of_the_first_chunk_is_asked_again() -> None:
+    body = b'data: {"error": {"message": "%s"}}\n\ndata: [DONE]\n\n' % SECRET.encode()
+    async with (
+        answering(http(200, body, "text/event-stream")) as (url, requests),
+        azure(url, upstream_tries=3) as upstream,
+    ):
+        _, error = await failure_of(upstream)
+    assert error.code == "upstream_failed"
+    assert len(requests) == 3
+
+
+# How it fails
+
+
+@pytest.mark.parametrize(
+    ("response", "code", "retryable"),
+    [
+        (refusal(400, code="content_filter", param="prompt"), "content_filter", False),
+        (refusal(401, code="401"), "upstream_denied", False),
+        (refusal(403), "upstream_denied", False),
+        (refusal(404, code="DeploymentNotFound"), "upstream_missing", False),
+        (refusal(400), "upstream_refused", False),
+        (refusal(422, code=SECRET, param=SECRET), "upstream_refused", False),
+        (refusal(413, code=413), "upstream_refused", False),
+        (refusal(400, code={"a": SECRET}), "upstream_refused", False),
+        (refusal(429, code="429"), "upstream_rate_limited", True),
+        (refusal(500), "upstream_unavailable", True),
+        (http(502, SECRET.encode(), "text/html"), "upstream_unavailable", True),
+        (http(200, SECRET.encode(), "text/html"), "upstream_unreachable", True),
+        (http(200, b"data: nonsense\n\n", "text/event-stream"), "upstream_garbled", True),
+        (http(200, b"data: [1]\n\n", "text/event-stream"), "upstream_garbled", True),
+        (http(200, b'data: {"error": "x"}\n\n', "text/event-stream"), "upstream_failed", True),
+        (b"", "upstream_unreachable", True),
+        (b"nonsense\r\n\r\n", "upstream_unreachable", True),
+    ],
+)
+async def test_each_failure_has_its_code_and_never_the_vendors_text(
+    response: bytes, code: str, retryable: bool
+) -> None:
+    async with answering(response) as (url, _), azure(url, upstream_tries=2) as upstream:
+        chunks, error = await failure_of(upstream)
+    assert (chunks, error.code, error.retryable) == ([], code, retryable)
+    assert SECRET not in error.message
+    assert error.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ({"code": "context_length_exceeded"}, " (context_length_exceeded)"),
+        ({"param": "messages[0].content"}, " (messages[0].content)"),
+        ({"code": "invalid_value", "param": "top_p"}, " (invalid_value, top_p)"),
+        ({"code": f"no identifier: {SECRET}", "param": "top_p"}, " (top_p)"),
+        ({"code": "a" * 62}, ""),
+        ({"param": "1\n2"}, ""),
+        *(({"param": odd}, "") for odd in (7, ["messages", 0], {"is": SECRET})),
+    ],
+)
+async def test_a_refusal_names_identifiers_only(error: dict[str, Any], reason: str) -> None:
+    async with answering(refusal(400, **error)) as (url, _), azure(url) as upstream:
+        _, failure = await failure_of(upstream)
+    assert failure.code == "upstream_refused"
+    assert failure.message == f"The model service refused the request{reason}."
+
+
+async def test_a_blocked_prompt_is_told_from_a_bad_request(emulator_url: str) -> None:
+    async with azure(emulator_url) as upstream:
+        _, error = await failure_of(upstream, prompt_filter=True)
+    assert error.code == "content_filter"
+    assert "policy" not in error.message
+
+
+async def test_nobody_listening_is_unreachable() -> None:
+    async with answering(b"") as (url, _):
+        pass
+    async with azure(url, upstream_tries=2) as upstream:
+        _, error = await failure_of(upstream)
+    assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+async def test_silence_before_the_first_chunk_ends_the_answer(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url, first_chunk_seconds=0.05, upstream_tries=2) as upstream:
+        chunks, error = await failure_of(upstream, end="hang")
+    assert (chunks, error.code, error.retryable) == ([], "upstream_timeout", True)
+    assert [(await ended(emulator, n)).outcome for n in (0, 1)] == ["disconnected"] * 2
+
+
+async def test_a_stall_between_chunks_ends_the_answer(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url, stall_seconds=0.05, first_chunk_seconds=60) as upstream:
+        chunks, error = await failure_of(upstream, chunks=9, after=2, end="stall")
+    assert (text_of(chunks), error.code) == ("0 1 ", "upstream_timeout")
+    assert (await ended(emulator)).outcome == "disconnected"
+
+
+async def test_a_slow_first_chunk_is_no_stall(emulator_url: str) -> None:
+    async with azure(emulator_url, stall_seconds=0.05, first_chunk_seconds=5) as upstream:
+        assert text_of(await chunks_of(upstream, chunks=2, first_ms=200)) == "0 1 "
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("reset", "upstream_unreachable"),
+        ("error", "upstream_failed"),
+        ("garbage", "upstream_garbled"),
+    ],
+)
+async def test_each_break_in_the_middle_has_its_code(
+    end: str, code: str, emulator_url: str
+) -> None:
+    async with azure(emulator_url) as upstream:
+        chunks, error = await failure_of(upstream, chunks=9, after=2, end=end)
+    assert (text_of(chunks), error.code) == ("0 1 ", code)
+    assert "Sorry" not in error.message
+
+
+async def test_an_end_without_done_is_the_end_of_the_chunks(emulator_url: str) -> None:
+    async with azure(emulator_url) as upstream:
+        assert text_of(await chunks_of(upstream, chunks=2, end="no_done")) == "0 1 "
+        cut = await chunks_of(upstream, chunks=9, after=2, end="eof")
+    assert text_of(cut) == "0 1 "
+    assert all(c["choices"][0]["finish_reason"] is None for c in cut if c["choices"])
+
+
+@pytest.mark.parametrize(
+    "beat",
+    [
+        b": ping\n\n",
+        b"event: ping\n\n",
+        b"retry: 1000\n\n",
+    ],
+)
+async def test_an_event_without_data_is_no_chunk(beat: bytes) -> None:
+    body = beat + b'data: {"choices": []}\n\n' + beat + b"data: [DONE]\n\n"
+    async with answering(http(200, body, "text/event-stream")) as (url, _), azure(url) as upstream:
+        assert await chunks_of(upstream) == [{"choices": []}]
+
+
+async def test_half_an_emoji_in_a_prompt_is_no_crash(emulator_url: str) -> None:
+    request = asking(chunks=1)
+    request["messages"].insert(0, {"role": "user", "content": "cut \ud83d"})
+    async with azure(emulator_url) as upstream:
+        assert text_of(await asked(upstream, request)) == "0 "
+
+
+# The connection
+
+
+async def test_closing_the_iterator_closes_the_socket(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url) as upstream:
+        async with aclosing(upstream.stream(asking(chunks=9, after=2, end="stall"))) as chunks:
+            while text_of([await anext(chunks)]) != "1 ":
+                pass
+        assert (await ended(emulator)).outcome == "disconnected"
+
+
+async def test_cancelling_whoever_reads_closes_the_socket(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    async with azure(emulator_url) as upstream:
+        reading = asyncio.create_task(chunks_of(upstream, end="hang"))
+        await emulator.request(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert (await ended(emulator)).outcome == "disconnected"
+
+
+class NotingEmulator(Emulator):
+    """Notes the port that each request comes from: one per connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ports: list[int] = []
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        self.ports.append(scope["client"][1])
+        await super().__call__(scope, receive, send)
+
+
+async def test_answers_in_sequence_share_a_connection() -> None:
+    emulator = NotingEmulator()
+    async with serve(emulator) as url, azure(url) as upstream:
+        for _ in range(3):
+            await chunks_of(upstream, chunks=5)
+    assert len(emulator.ports) == 3
+    assert len(set(emulator.ports)) == 1
+
+
+async def test_many_answers_come_at_once_and_are_not_mixed(emulator_url: str) -> None:
+    async with azure(emulator_url) as upstream:
+        answers = await asyncio.gather(
+            *(chunks_of(upstream, text=[f"{n}.{k} " for k in range(9)]) for n in range(20))
+        )
+    for n, chunks in enumerate(answers):
+        assert text_of(chunks) == "".join(f"{n}.{k} " for k in range(9))
+
+
+# The configuration
+
+
+def test_without_an_upstream_it_says_what_to_set() -> None:
+    with pytest.raises(ConfigurationError, match=r"AZURE_OPENAI_ENDPOINT.*OPENAI_MODEL"):
+        Upstream(Settings())
+
+
+def test_half_an_upstream_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="AZURE_OPENAI_CHATGPT_DEPLOYMENT"):
+        Upstream(Settings(azure_endpoint="http://127.0.0.1", azure_key="key"))
+
+
+def test_entra_without_the_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "azure.identity.aio", None)
+    with pytest.raises(ConfigurationError, match=r"AZURE_OPENAI_ENTRA.*chat-relay\[entra\]"):
+        Upstream(
+            Settings(azure_endpoint="http://127.0.0.1", azure_deployment="demo", azure_entra=True)
+        )
+
+
+@pytest.mark.parametrize("path", ["", "/openai/v1"])
+async def test_entra_sends_a_token_of_its_scope_and_no_key(
+    path: str, monkeypatch: pytest.MonkeyPatch, emulator: Emulator, emulator_url: str
+) -> None:
+    def provider(_: object, scope: str) -> Any:
+        async def token() -> str:
+            return f"token-for-{scope}"
+
+        return token
+
+    identity: Any = ModuleType("azure.identity.aio")
+    identity.DefaultAzureCredential = object
+    identity.get_bearer_token_provider = provider
+    for name in ("azure", "azure.identity"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "azure.identity.aio", identity)
+    target = {"azure_key": None, "azure_entra": True, "azure_scope": "ours"}
+    async with azure(emulator_url + path, **target) as upstream:
+        assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
+    [record] = emulator.requests
+    assert record.headers["authorization"] == "Bearer token-for-ours"
+    assert "api-key" not in record.headers

@@ -1,0 +1,293 @@
+"""The viewers, driven at the seam of ASGI."""
+
+import asyncio
+import json
+import tracemalloc
+
+import pytest
+from redis.asyncio import Redis
+
+from api.feed import FRAMES_AT_ONCE, Feed
+from api.hub import Hub
+from api.viewer import TextViewer, Viewer
+from relay.errors import StreamGone
+from relay.events import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    QUEUED,
+    STARTED,
+    TEXT,
+    Cursor,
+    Entry,
+    Event,
+    entry,
+)
+from tests.asgi import viewing
+from tests.conftest import make_log
+
+
+@pytest.fixture
+async def hub(redis: Redis) -> Hub:
+    return Hub(redis, make_log(redis), cache_bytes=0, retention_seconds=60)
+
+
+STARTS = entry(STARTED, {"attempt": 1, "model": "m"})
+ENDS = entry(COMPLETED, {"finish_reason": "stop"})
+
+
+class Log:
+    """A feed that grows as the test says."""
+
+    def __init__(self) -> None:
+        self.feed = Feed("id")
+        self.feed.add([Event(Cursor(0, 1), QUEUED, b"{}")])
+        self._attempt = 1
+        self._seq = 0
+
+    def add(self, *entries: Entry) -> None:
+        for kind, data in entries:
+            self.feed.add([Event(Cursor(self._attempt, self._seq), kind, data)])
+            self._seq += 1
+
+    def begin_anew(self) -> None:
+        self._attempt, self._seq = self._attempt + 1, 0
+        self.add(entry(STARTED, {"attempt": self._attempt, "model": "m"}))
+
+
+def text(*texts: str) -> list[Entry]:
+    return [entry(TEXT, text) for text in texts]
+
+
+def viewer(
+    hub: Hub, log: Log, *, heartbeat_seconds: float = 60, write_seconds: float = 60
+) -> Viewer:
+    return Viewer(
+        hub,
+        log.feed,
+        None,
+        heartbeat_seconds=heartbeat_seconds,
+        write_seconds=write_seconds,
+    )
+
+
+def text_viewer(hub: Hub, log: Log) -> TextViewer:
+    return TextViewer(hub, log.feed, None, heartbeat_seconds=60, write_seconds=60)
+
+
+async def test_what_came_since_the_last_write_goes_out_as_one(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"started")
+        taker.reading.clear()
+        log.add(*text("a"))
+        await asyncio.sleep(0)
+        log.add(*text("b", "c", "d"))
+        log.add(ENDS)
+        taker.reading.set()
+        await taker.has(b"completed")
+    assert [write.count(b"event: ") for write in taker.writes if b"event: " in write] in (
+        [1, 1, 4],
+        [1, 5],
+    )
+
+
+async def test_an_idle_viewer_hears_a_heartbeat(hub: Hub) -> None:
+    log = Log()
+    async with viewing(viewer(hub, log, heartbeat_seconds=0.01)) as taker:
+        await taker.has(b":\n\n:\n\n")
+    assert [frame.event for frame in taker.frames] == ["queued"]
+
+
+async def test_a_viewer_that_takes_nothing_is_broken_off(hub: Hub) -> None:
+    log = Log()
+    taking = viewer(hub, log, write_seconds=0.05)
+    async with viewing(taking) as taker:
+        await taker.has(b"queued")
+        taker.reading.clear()
+        log.add(STARTS)
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert not taker.ended
+
+
+def _others() -> set[asyncio.Task[None]]:
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+async def test_what_a_slow_viewer_holds_is_bounded(hub: Hub) -> None:
+    """Promise 5: one write of a bounded number of frames, however long it sleeps; then it catches
+    up with the whole log."""
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as slow:
+        await slow.has(b"started")
+        slow.reading.clear()
+        tracemalloc.start()
+        try:
+            for n in range(40):
+                log.add(*text(*(f"{n}.{i} " for i in range(250))))
+                await asyncio.sleep(0)
+            held = tracemalloc.take_snapshot().filter_traces(
+                [tracemalloc.Filter(True, "*/api/viewer.py")]
+            )
+        finally:
+            tracemalloc.stop()
+        log.add(ENDS)
+        assert sum(trace.size for trace in held.traces) < 64 * 1024
+        slow.reading.set()
+        await slow.has(b"completed")
+    assert max(write.count(b"event: ") for write in slow.writes) == FRAMES_AT_ONCE
+    assert [frame.id for frame in slow.frames[1:-1]] == [f"1-{n}" for n in range(1, 10_001)]
+
+
+async def test_one_that_leaves_is_let_go_at_once(hub: Hub) -> None:
+    log = Log()
+    async with asyncio.timeout(1), viewing(viewer(hub, log)) as taker:
+        await taker.has(b"queued")
+
+
+async def test_one_that_left_is_asked_about_unless_the_stream_had_ended(hub: Hub) -> None:
+    asked: list[str] = []
+
+    async def on_leave() -> None:
+        asked.append("left")
+
+    for ended in (False, True):
+        log = Log()
+        log.add(STARTS, *([ENDS] if ended else []))
+        leaving = Viewer(
+            hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, on_leave=on_leave
+        )
+        async with viewing(leaving) as taker:
+            await taker.has(b"completed" if ended else b"started")
+    assert asked == ["left"]
+
+
+async def test_a_draining_process_lets_its_viewers_go_without_an_end(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"started")
+        hub.draining = True
+        log.feed.wake()
+        async with asyncio.timeout(1):
+            await asyncio.wait(_others())
+        assert taker.ended
+    assert taker.body.count(b"retry: ") == 2
+    assert taker.frames[-1].event == "started"
+
+
+async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("secret"), ENDS)
+    log.feed.end_as_gone(StreamGone("erased"))
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"stream_gone")
+    assert json.loads(taker.frames[-1].data) == {
+        "code": "stream_gone",
+        "message": "erased",
+        "retryable": False,
+    }
+    assert b"secret" not in taker.body
+
+
+# The text wire.
+
+
+async def test_text_is_the_text_and_nothing_else(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("Hé", "llo"), ENDS)
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has("Héllo".encode())
+        await asyncio.sleep(0)
+    assert (taker.status, taker.body, taker.ended) == (200, "Héllo".encode(), True)
+    assert taker.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+@pytest.mark.parametrize("ending", [FAILED, CANCELLED])
+async def test_text_that_is_not_whole_does_not_end_cleanly(hub: Hub, ending: str) -> None:
+    log = Log()
+    log.add(STARTS, *text("par", "tial"), entry(ending, {"code": "x", "message": "y"}))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"partial")
+    assert not taker.ended
+
+
+async def test_text_of_two_attempts_is_never_mixed(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("first"))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"first")
+        log.begin_anew()
+        log.add(*text("second"), ENDS)
+    assert (taker.body, taker.ended) == (b"first", False)
+
+
+async def test_a_new_attempt_before_the_first_text_goes_unnoticed(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(text_viewer(hub, log)) as taker:
+        log.begin_anew()
+        log.add(*text("second"), ENDS)
+        await taker.has(b"second")
+        await asyncio.sleep(0)
+    assert (taker.body, taker.ended) == (b"second", True)
+
+
+async def test_text_breaks_off_when_the_stream_goes_away_or_the_process_drains(hub: Hub) -> None:
+    for draining in (False, True):
+        log = Log()
+        log.add(STARTS, *text("partial"))
+        async with viewing(text_viewer(hub, log)) as taker:
+            await taker.has(b"partial")
+            if draining:
+                hub.draining = True
+            else:
+                log.feed.end_as_gone(StreamGone("erased"))
+            log.feed.wake()
+            async with asyncio.timeout(1):
+                await asyncio.wait(_others())
+        assert not taker.ended
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "status", "code"),
+    [
+        (FAILED, {"code": "content_filter", "message": "m"}, 502, "content_filter"),
+        (CANCELLED, {}, 409, "cancelled"),
+    ],
+)
+async def test_what_ends_before_the_first_text_is_a_problem(
+    hub: Hub, kind: str, value: dict[str, str], status: int, code: str
+) -> None:
+    log = Log()
+    log.add(entry(kind, value))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"}")
+    assert taker.status == status
+    assert json.loads(taker.body)["code"] == code
+
+
+async def test_a_stream_gone_or_a_process_draining_before_the_first_text_is_a_problem(
+    hub: Hub,
+) -> None:
+    log = Log()
+    log.feed.end_as_gone(StreamGone("erased"))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"stream_gone")
+    assert taker.status == 410
+    hub.draining = True
+    async with viewing(text_viewer(hub, Log())) as taker:
+        await taker.has(b"draining")
+    assert taker.status == 503
+
+
+async def test_an_empty_answer_is_an_empty_text(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, ENDS)
+    async with viewing(text_viewer(hub, log)) as taker:
+        async with asyncio.timeout(1):
+            await asyncio.wait(_others())
+    assert (taker.status, taker.body, taker.ended) == (200, b"", True)

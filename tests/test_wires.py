@@ -1,0 +1,82 @@
+"""The wires: pure functions, table by table."""
+
+import json
+
+import pytest
+
+from api.wires import native, text
+from relay.errors import StreamGone
+from relay.events import COMPLETED, QUEUED, STARTED, TEXT, WHOLE, Cursor, Event, entry, to_json
+
+CURSOR = Cursor(1, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "event", "data"),
+    [
+        (QUEUED, {}, "queued", {}),
+        (TEXT, "Hé\n\n\u2028", "chunk", {"text": "Hé\n\n\u2028"}),
+        (
+            STARTED,
+            {"attempt": 2, "model": "m", "envelope": {"id": "x"}},
+            "started",
+            {"attempt": 2, "model": "m"},
+        ),
+        (
+            WHOLE,
+            {"chunk": {"choices": [{"index": 0, "delta": {"content": "Hi"}}], "usage": None}},
+            "chunk",
+            {"text": "Hi", "choices": [{"index": 0, "delta": {"content": "Hi"}}], "usage": None},
+        ),
+        (
+            WHOLE,
+            {"chunk": {"choices": [{"index": 1, "delta": {"content": "other"}}]}, "envelope": {}},
+            "chunk",
+            {"choices": [{"index": 1, "delta": {"content": "other"}}]},
+        ),
+        (COMPLETED, {"finish_reason": "stop"}, "completed", {"finish_reason": "stop"}),
+    ],
+)
+def test_a_frame_has_the_cursor_the_kind_and_one_json_object(
+    kind: str, value: object, event: str, data: object
+) -> None:
+    frame = native.encode(Event(CURSOR, kind, to_json(value))).decode()
+    lines = frame.split("\n")
+    assert lines[:2] == ["id: 1-7", f"event: {event}"]
+    assert lines[2].startswith("data: ")
+    assert json.loads(lines[2].removeprefix("data: ")) == data
+    assert lines[3:] == ["", ""], "a frame is three lines and ends with an empty one"
+
+
+def test_half_an_emoji_survives_until_a_client_joins_it() -> None:
+    halves = [
+        json.loads(native.encode(Event(CURSOR, *entry(TEXT, half))).split(b"data: ")[1])["text"]
+        for half in ("\ud83d", "\ude00")
+    ]
+    assert "".join(halves).encode("utf-16", "surrogatepass").decode("utf-16") == "\U0001f600"
+
+
+def test_a_short_text_chunk_costs_little_more_than_its_text() -> None:
+    assert len(native.encode(Event(Cursor(1, 999), *entry(TEXT, " word")))) <= 60
+
+
+def test_gone_is_a_failure_without_an_id() -> None:
+    frame = native.encode_gone(StreamGone("It is gone."))
+    assert frame == (
+        b'event: failed\ndata: {"code":"stream_gone","message":"It is gone.","retryable":false}\n\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "written"),
+    [
+        (TEXT, "Hé", "Hé".encode()),
+        (TEXT, "\ud83d", b"?"),
+        (WHOLE, {"chunk": {"choices": [{"delta": {"content": "Hi"}}]}}, b"Hi"),
+        (WHOLE, {"chunk": {"choices": [], "usage": {}}}, b""),
+        (STARTED, {}, b""),
+        (COMPLETED, {}, b""),
+    ],
+)
+def test_text_is_the_text_of_the_first_choice(kind: str, value: object, written: bytes) -> None:
+    assert text.encode(Event(CURSOR, kind, to_json(value))) == written

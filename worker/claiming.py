@@ -1,0 +1,189 @@
+"""arq's worker, with its way of taking jobs replaced by the claim.
+
+arq keeps what it does well: the format of jobs, the registry of functions, signals and the wait for
+what runs, the health key. Why the rest had to go is in ARCHITECTURE.md.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from arq import Worker
+from arq.connections import ArqRedis
+from arq.jobs import deserialize_job
+from arq.typing import StartupShutdown
+from arq.worker import Function
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from relay import keys
+from relay.claim import Claim, Claims
+from relay.listener import Listener
+from relay.logs import get_logger
+
+logger = get_logger("worker")
+
+POLL_SECONDS = 1.0
+"""The slow poll behind the wake-up: a token can be lost with the worker that took it."""
+SWEEP_SECONDS = 1.0
+REDIS_RETRY_SECONDS = 0.2
+HEALTH_SECONDS = 10
+
+
+@dataclass(slots=True)
+class Job:
+    """A claimed job as its function sees it, in `ctx["job"]`; the function says how to stop it."""
+
+    claim: Claim
+    on_cancel: Callable[[], None] = lambda: None
+    on_lost: Callable[[], None] = lambda: None
+
+
+class ClaimingWorker(Worker):
+    """Takes a job within milliseconds of its enqueueing, holds it by a lease, and loses it to
+    another worker when the lease lapses. Survives every outage of Redis."""
+
+    def __init__(
+        self,
+        functions: list[Function],
+        *,
+        redis: Redis,
+        patient_redis: Redis,
+        claims: Claims,
+        lease_seconds: float,
+        concurrency: int,
+        grace_seconds: float,
+        ctx: dict[str, Any],
+        health_check_key: str,
+        on_shutdown: StartupShutdown,
+        handle_signals: bool = True,
+    ) -> None:
+        super().__init__(
+            functions,
+            queue_name=keys.QUEUE,
+            redis_pool=ArqRedis(connection_pool=redis.connection_pool),
+            max_jobs=concurrency,
+            job_completion_wait=int(grace_seconds),
+            health_check_interval=HEALTH_SECONDS,
+            health_check_key=health_check_key,
+            on_shutdown=on_shutdown,
+            keep_result=0,
+            ctx=ctx,
+            handle_signals=handle_signals,
+        )
+        self._claims = claims
+        self._patient_redis = patient_redis
+        self._lease_seconds = lease_seconds
+        self._held: dict[str, Job] = {}
+        self._slot_free = asyncio.Event()
+        self._listener = Listener(redis, keys.CONTROL, on_message=self._obey)
+
+    async def main(self) -> None:
+        logger.info("worker_ready", concurrency=self.max_jobs)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listener.run())
+            group.create_task(self._take_jobs())
+            group.create_task(self._every(self._lease_seconds / 3, self._renew))
+            group.create_task(self._every(SWEEP_SECONDS, self._sweep))
+            group.create_task(self._every(HEALTH_SECONDS, self.record_health))
+
+    async def close(self) -> None:
+        """Hand over what still runs and let go of everything. Call it when `main` has ended."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
+            # One that arq has cancelled already is handing over: a second cancel would cut that.
+            if not task.cancelling():
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.on_shutdown:
+            await self.on_shutdown(self.ctx)
+        await self.pool.aclose(close_connection_pool=True)
+        await self._patient_redis.aclose(close_connection_pool=True)
+
+    async def _take_jobs(self) -> None:
+        while self.allow_pick_jobs:
+            free = self.max_jobs - len(self._held)
+            if free == 0:
+                self._slot_free.clear()
+                await self._slot_free.wait()
+                continue
+            try:
+                claims = await self._claims.claim(free)
+                for claim in claims:
+                    self._begin(claim)
+                if len(claims) < free:
+                    await self._claims.wake(self._patient_redis, POLL_SECONDS)
+            except RedisError as error:
+                logger.warning("claim_failed", error=type(error).__name__)
+                await asyncio.sleep(REDIS_RETRY_SECONDS)
+
+    def _begin(self, claim: Claim) -> None:
+        logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt)
+        if earlier := self._held.get(claim.stream_id):
+            # Redis forgot that it was ours and gave it to us once more.
+            earlier.on_lost()
+        job = self._held[claim.stream_id] = Job(claim)
+        task = self.loop.create_task(self._run(job))
+        self.tasks[claim.owner + claim.stream_id] = task
+
+    async def _run(self, job: Job) -> None:
+        claim = job.claim
+        try:
+            call = deserialize_job(claim.job, deserializer=json.loads)
+            function: Any = self.functions[call.function].coroutine
+            await function({**self.ctx, "job": job}, *call.args, **call.kwargs)
+            self.jobs_complete += 1
+        except asyncio.CancelledError:
+            await self._hand_over(claim)
+        except Exception as error:  # The job is another's, once the lease lapses.
+            self.jobs_failed += 1
+            logger.error("job_died", stream=claim.stream_id, exc_info=error)
+        finally:
+            if self._held.get(claim.stream_id) is job:
+                del self._held[claim.stream_id]
+            del self.tasks[claim.owner + claim.stream_id]
+            self._slot_free.set()
+
+    async def _hand_over(self, claim: Claim) -> None:
+        try:
+            await self._claims.hand_over(claim)
+            logger.info("handed_over", stream=claim.stream_id, attempt=claim.attempt)
+        except RedisError as error:
+            # Its lease lapses, and a sweep finds it.
+            logger.warning("hand_over_failed", stream=claim.stream_id, error=type(error).__name__)
+
+    async def _renew(self) -> None:
+        jobs = list(self._held.values())
+        if not jobs:
+            return
+        for job, verdict in zip(
+            jobs, await self._claims.renew([job.claim for job in jobs]), strict=True
+        ):
+            if verdict == "lost":
+                job.on_lost()
+            elif verdict == "cancel":
+                job.on_cancel()
+
+    async def _sweep(self) -> None:
+        for stream_id in await self._claims.sweep():
+            logger.warning("lease_lapsed", stream=stream_id)
+
+    def _obey(self, _: str, message: bytes) -> None:
+        order, _, stream_id = message.decode().partition(" ")
+        job = self._held.get(stream_id)
+        if job is None:
+            return
+        if order == "cancel":
+            job.on_cancel()
+        elif order == "erase":
+            job.on_lost()
+
+    async def _every(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            try:
+                await work()
+            except RedisError as error:
+                logger.warning("round_failed", work=work.__name__, error=type(error).__name__)
+            await asyncio.sleep(seconds)

@@ -1,0 +1,22 @@
+"""Whether a worker on this host is alive, for a container's health check. Quick to import."""
+
+import socket
+from contextlib import suppress
+
+from redis.exceptions import RedisError
+
+from relay import keys
+from relay.connection import connect
+from relay.settings import Settings
+
+
+def health_key() -> str:
+    return keys.health(socket.gethostname())
+
+
+async def is_healthy(settings: Settings) -> bool:
+    """Whether a worker on this host has reported within the last seconds; False without Redis."""
+    with suppress(RedisError):
+        async with connect(settings.redis_url, connections=1) as redis:
+            return bool(await redis.exists(health_key()))
+    return False

@@ -1,0 +1,70 @@
+"""One worker process, put together."""
+
+import os
+import secrets
+import socket
+from typing import Any
+
+from arq.worker import func
+
+from relay.claim import Claims
+from relay.connection import connect
+from relay.log import JOB, Log
+from relay.settings import Settings
+from worker.claiming import POLL_SECONDS, ClaimingWorker, Job
+from worker.generation import Generation
+from worker.health import health_key
+from worker.upstream import Upstream
+
+
+async def generate(ctx: dict[str, Any], _stream_id: str) -> None:
+    """The job. It carries the stream id alone; the request came with the claim."""
+    job: Job = ctx["job"]
+    settings: Settings = ctx["settings"]
+    generation = Generation(
+        job.claim,
+        ctx["log"],
+        ctx["upstream"],
+        answer_seconds=settings.answer_seconds,
+        max_attempts=settings.max_attempts,
+    )
+    job.on_cancel = generation.cancel
+    job.on_lost = generation.lose
+    await generation.run()
+
+
+def create_worker(settings: Settings, *, handle_signals: bool = True) -> ClaimingWorker:
+    """Raises ConfigurationError. Connects when it runs, not here."""
+    name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    redis = connect(settings.redis_url)
+    log = Log(
+        redis,
+        live_ms=settings.live_ms,
+        retention_ms=settings.retention_ms,
+        queue_limit=settings.queue_limit,
+    )
+    claims = Claims(
+        redis,
+        name,
+        lease_ms=settings.lease_ms,
+        live_ms=settings.live_ms,
+        queue_limit=settings.queue_limit,
+    )
+    return ClaimingWorker(
+        [func(generate, name=JOB)],
+        redis=redis,
+        patient_redis=connect(settings.redis_url, connections=1, answer_seconds=POLL_SECONDS + 5),
+        claims=claims,
+        lease_seconds=settings.lease_seconds,
+        concurrency=settings.concurrency,
+        grace_seconds=settings.grace_seconds,
+        ctx={"settings": settings, "log": log, "upstream": Upstream(settings)},
+        health_check_key=health_key(),
+        on_shutdown=_close_upstream,
+        handle_signals=handle_signals,
+    )
+
+
+async def _close_upstream(ctx: dict[Any, Any]) -> None:
+    upstream: Upstream = ctx["upstream"]
+    await upstream.close()
