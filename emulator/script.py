@@ -161,5 +161,5 @@ window and both will show the same words at the same time. Close both, count to 
 back.
 
 You can also stop the worker. Another one takes over, says so, and begins the answer afresh, so \
-that two attempts are never mixed. And if you have read enough, press cancel: that reaches all \
+that two attempts are never mixed. And if you have read enough, press Stop: that reaches all \
 the way down to me, and I stop talking."""

@@ -48,9 +48,9 @@ class Taker:
             self.ended = not message.get("more_body", False)
         self._changed.set()
 
-    async def has(self, text: bytes) -> None:
+    async def has(self, text: bytes, seconds: float = 5) -> None:
         """Return when the body holds `text`."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(seconds):
             while text not in self.body:
                 self._changed.clear()
                 await self._changed.wait()

@@ -6,6 +6,7 @@ what runs, the health key. Why the rest had to go is in ARCHITECTURE.md.
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,8 @@ class ClaimingWorker(Worker):
             queue_name=keys.QUEUE,
             redis_pool=ArqRedis(connection_pool=redis.connection_pool),
             max_jobs=concurrency,
-            job_completion_wait=int(grace_seconds),
-            health_check_interval=HEALTH_SECONDS,
+            job_completion_wait=math.ceil(grace_seconds),
+            health_check_interval=3 * HEALTH_SECONDS,
             health_check_key=health_check_key,
             on_shutdown=on_shutdown,
             keep_result=0,
@@ -87,7 +88,7 @@ class ClaimingWorker(Worker):
             group.create_task(self._take_jobs())
             group.create_task(self._every(self._lease_seconds / 3, self._renew))
             group.create_task(self._every(SWEEP_SECONDS, self._sweep))
-            group.create_task(self._every(HEALTH_SECONDS, self.record_health))
+            group.create_task(self._every(HEALTH_SECONDS, self._report_health))
 
     async def close(self) -> None:
         """Hand over what still runs and let go of everything. Call it when `main` has ended."""
@@ -165,6 +166,11 @@ class ClaimingWorker(Worker):
                 job.on_lost()
             elif verdict == "cancel":
                 job.on_cancel()
+
+    async def _report_health(self) -> None:
+        # arq skips a report that comes early, even one that makes up for a failed one.
+        self._last_health_check = 0
+        await self.record_health()
 
     async def _sweep(self) -> None:
         for stream_id in await self._claims.sweep():

@@ -101,10 +101,9 @@ class Generation:
         if self._lost:
             return
         summary = self._compactor.summary()
-        if reader.cancelled():
-            if self._cancel_asked:
-                self._line_up(entry(CANCELLED, summary))
-        elif error is not None:
+        if reader.cancelled() and self._cancel_asked:
+            self._line_up(entry(CANCELLED, summary))
+        elif reader.cancelled() or error is not None:
             self._line_up(entry(FAILED, self._failure(error) | summary))
         else:
             finish = {
@@ -113,7 +112,7 @@ class Generation:
             }
             self._line_up(entry(COMPLETED, finish | summary))
 
-    def _failure(self, error: BaseException) -> dict[str, Any]:
+    def _failure(self, error: BaseException | None) -> dict[str, Any]:
         match error:
             case RelayError():
                 code, message, retryable = error.code, error.message, error.retryable
