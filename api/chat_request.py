@@ -3,9 +3,13 @@
 Nothing in it can choose where the upstream call goes: `model`, like any unknown field, is refused.
 """
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from relay.errors import BadRequest
 
 JsonObject = dict[str, Any]
 
@@ -69,6 +73,14 @@ class ChatRequest(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-    def to_stored(self) -> JsonObject:
-        """What the caller said, and nothing that it left out."""
-        return self.model_dump(mode="json", exclude_unset=True)
+    def to_stored(self) -> tuple[JsonObject, str]:
+        """What the caller said and nothing that it left out, and a digest that is equal for equal
+        bodies. Raises BadRequest for what JSON cannot carry further."""
+        try:
+            stored = self.model_dump(exclude_unset=True)
+            text = json.dumps(stored, sort_keys=True, allow_nan=False)
+        except (ValueError, RecursionError):
+            raise BadRequest(
+                "The body nests too deeply, or holds a number that is none: send plain JSON."
+            ) from None
+        return stored, hashlib.sha256(text.encode()).hexdigest()

@@ -99,7 +99,7 @@ class Hub:
             else:
                 await self._listener.add(keys.channel(feed.stream_id))
         except (RedisError, StreamGone):
-            del self._feeds[feed.stream_id]
+            self._leave(feed)
             raise
         finally:
             del self._first_reads[feed]
@@ -168,8 +168,10 @@ class Hub:
 
     def _end(self, feed: Feed, keep_seconds: float) -> None:
         """A feed that has ended needs no channel, and stays for those who come late."""
+        # One that was let go before may have been erased since, unheard.
+        current = self._feeds.get(feed.stream_id) is feed
         self._leave(feed)
-        if feed.gone is None and self.connected:
+        if current and feed.gone is None and self.connected:
             self._finished.keep(feed, keep_seconds)
 
     def _leave(self, feed: Feed) -> None:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from relay.errors import (
+    BadRequest,
     IdempotencyConflict,
     MalformedCursor,
     QueueFull,
@@ -24,7 +25,11 @@ logger = get_logger("api")
 
 RETRY_SECONDS = 2
 
+ERRORS_TOLD = 20
+"""Of a request with more wrong fields the rest is not told: the reply must not outgrow it."""
+
 _STATUS: dict[type[RelayError], int] = {
+    BadRequest: 422,
     MalformedCursor: 400,
     StreamUnknown: 404,
     IdempotencyConflict: 409,
@@ -32,11 +37,12 @@ _STATUS: dict[type[RelayError], int] = {
     QueueFull: 503,
 }
 _HTTP = {
+    400: ("bad_json", "Send one JSON object as the body."),
     404: ("not_found", "See /docs for what there is."),
     405: ("method_not_allowed", "See /docs for the methods of this path."),
     413: ("body_too_large", None),
 }
-_TITLE = {
+TITLES = {
     "bad_json": "The body is not JSON",
     "body_too_large": "The body is too large",
     "cancelled": "The stream was cancelled",
@@ -46,6 +52,7 @@ _TITLE = {
     "invalid_request": "The request is not valid",
     "malformed_cursor": "The cursor is malformed",
     "method_not_allowed": "The method is not allowed here",
+    "not_json": "The body is not announced as JSON",
     "not_found": "There is nothing here",
     "queue_full": "The queue is full",
     "redis_away": "Redis is away",
@@ -77,7 +84,7 @@ def problem(
 ) -> Response:
     body: dict[str, Any] = {
         "type": f"urn:chat-relay:problem:{code}",
-        "title": _TITLE.get(code, "The answer failed"),
+        "title": TITLES.get(code, "The answer failed"),
         "status": status,
         "code": code,
         "detail": detail,
@@ -108,6 +115,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         409: "The Idempotency-Key came with another body before",
         410: "Erased, expired or lost",
         413: "The body is over the limit",
+        415: "The body is not announced as JSON",
         422: "A field is missing, wrong or unknown; `errors` names it",
         502: "The answer failed before its first text",
         503: "The queue is full or Redis is away; see Retry-After",
@@ -141,14 +149,16 @@ def install(app: FastAPI) -> None:
         logger.warning("redis_away", error=type(error).__name__)
         return redis_away()
 
-    async def on_invalid(_: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101
-        return _invalid(error)
+        return _invalid(error, request.headers.get("content-type", ""))
 
     async def on_http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
-        return problem(error.status_code, code, detail or str(error.detail))
+        response = problem(error.status_code, code, detail or str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
     async def on_anything(_: Request, error: Exception) -> Response:
         logger.error("internal_error", exc_info=error)
@@ -162,8 +172,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_anything)
 
 
-def _invalid(error: RequestValidationError) -> Response:
-    details = error.errors()
+def _invalid(error: RequestValidationError, content_type: str) -> Response:
+    details = error.errors()[:ERRORS_TOLD]
+    if details[0]["loc"] == ("body",) and "json" not in content_type:
+        return problem(415, "not_json", "Send the body with content-type: application/json.")
     if any(detail["type"] == "json_invalid" for detail in details):
         return problem(400, "bad_json", "Send one JSON object as the body.")
     errors = [{"field": _field(detail["loc"]), "problem": detail["msg"]} for detail in details]

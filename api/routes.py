@@ -1,7 +1,5 @@
 """The native API."""
 
-import hashlib
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
@@ -9,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
 
 from api.chat_request import ChatRequest
 from api.hub import Hub
@@ -17,7 +16,7 @@ from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
 from api.viewer import TextViewer, Viewer
 from api.wires import native, text
-from relay.errors import StreamUnknown
+from relay.errors import StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
 from relay.log import Log
@@ -42,7 +41,9 @@ class Accepted(BaseModel):
     """A stream stands and its job is queued."""
 
     stream_id: str
-    status: Literal["queued"] = "queued"
+    status: Literal["queued", "running", "completed", "failed", "cancelled"] = Field(
+        description="`queued`, unless an Idempotency-Key led to an earlier stream."
+    )
     url: str = Field(examples=["/streams/ID"])
     events_url: str = Field(examples=["/streams/ID/events"])
     cancel_url: str = Field(examples=["/streams/ID/cancel"])
@@ -109,7 +110,7 @@ _STREAMED: dict[str, Any] = {
             "answer, unless X-On-Disconnect asks for it.",
             "content": _STREAMED,
         },
-        **responses(400, 409, 413, 422, 502, 503),
+        **responses(400, 409, 413, 415, 422, 502, 503),
     },
 )
 async def chat(
@@ -130,8 +131,7 @@ async def chat(
 
     The answer is then made by a worker, whoever watches or not.
     """
-    request = body.to_stored()
-    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    request, digest = body.to_stored()
     created = await parts.log.create(request, idempotency_key=idempotency_key, digest=digest)
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
@@ -139,13 +139,23 @@ async def chat(
     headers = {"location": url, "x-stream-id": stream_id}
     viewer = _viewer_for(accept)
     if viewer is None:
-        accepted = Accepted(
-            stream_id=stream_id, url=url, events_url=f"{url}/events", cancel_url=f"{url}/cancel"
+        status = (await parts.log.state(stream_id)).status if created.repeated else "queued"
+        accepted = Accepted.model_validate(
+            {
+                "stream_id": stream_id,
+                "status": status,
+                "url": url,
+                "events_url": f"{url}/events",
+                "cancel_url": f"{url}/cancel",
+            }
         )
         return JSONResponse(accepted.model_dump(), 202, headers)
 
     async def cancel() -> None:
-        await parts.log.cancel(stream_id)
+        try:
+            await parts.log.cancel(stream_id)
+        except (RedisError, StreamGone) as error:
+            logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
 
     feed = await stack.enter_async_context(parts.hub.watch(stream_id))
     return viewer(

@@ -63,11 +63,11 @@ class Viewer(Response):
             await self._respond(scope, receive, send, left)
         except (BrokenOff, TimeoutError):
             # An ASGI server closes the connection when the application returns before the end.
-            return
+            pass
         finally:
-            if self._on_leave is not None and left.done() and not self._feed.ended:
-                await self._on_leave()
             left.cancel()
+        if self._on_leave is not None and not self._feed.ended and not self._hub.draining:
+            await self._on_leave()
 
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, left: asyncio.Future[None]
@@ -134,9 +134,14 @@ class TextViewer(Viewer):
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, left: asyncio.Future[None]
     ) -> None:
+        # A client with a cursor has text already, though nothing was written here.
+        self._written = self._cursor is not None and self._cursor.attempt > 0
         while not (self._speaks() or self._feed.ended or left.done() or self._hub.draining):
             await self._feed.changed(self._heartbeat_seconds, unless=left)
         if not self._speaks() and (failure := self._failure()):
+            for name in ("x-stream-id", "location"):
+                if name in self.headers:
+                    failure.headers[name] = self.headers[name]
             await failure(scope, receive, send)
             return
         await self._begin(send)
@@ -169,7 +174,8 @@ class TextViewer(Viewer):
         if self._feed.gone is not None:
             return problem_for(self._feed.gone)
         if self._hub.draining:
-            return problem(503, "draining", "Ask again: another process answers.", retry_seconds=1)
+            detail = "Watch this stream again: another process answers."
+            return problem(503, "draining", detail, retry_seconds=1)
         last = self._feed.events[-1]
         if last.kind == FAILED:
             value = last.value()

@@ -57,7 +57,7 @@ class Compactor:
         return [entry(WHOLE, {"chunk": rest, "envelope": envelope})]
 
     def summary(self) -> Chunk:
-        """What every terminal event tells of the attempt: number of chunks, SHA-256 of the text."""
+        """What a terminal event tells of its attempt: number of chunks, SHA-256 of the text."""
         text = join_text(self._texts).encode()
         return {"chunks": self.chunks, "sha256": hashlib.sha256(text).hexdigest()}
 

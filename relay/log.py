@@ -91,6 +91,7 @@ class Log:
                 idempotency_key,
                 digest,
                 self._live_ms + self._retention_ms,
+                keys.state("%s"),
             ],
         )
         match verdict:

@@ -54,6 +54,14 @@ async def places(redis: Redis) -> tuple[list[str], list[str]]:
     return [each.decode() for each in queue], [each.decode() for each in leases]
 
 
+async def test_the_leases_of_thousands_are_renewed_in_one_call(redis: Redis) -> None:
+    log, claims = make_log(redis, queue_limit=10_000), make_claims(redis, queue_limit=10_000)
+    for _ in range(4500):
+        await log.create({"messages": []})
+    held = await claims.claim(4500)
+    assert await claims.renew(held) == ["held"] * 4500
+
+
 async def test_a_claim_carries_the_request_and_arqs_job(log: Log, claims: Claims) -> None:
     [stream_id] = await create(log)
     [claim] = await claims.claim(5)

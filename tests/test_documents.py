@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from api.problems import TITLES
 from relay.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,11 @@ def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
     for variable, default in rows.items():
         if variable in fields:
             assert default == str(fields[variable]).removesuffix(".0"), variable
+
+
+def test_every_code_of_a_problem_stands_in_the_readme() -> None:
+    section = read("README.md").split("## The API")[1].split("\n## ")[0]
+    assert set(TITLES) <= set(re.findall(r"`([a-z_]+)`", section))
 
 
 def test_compose_and_the_example_name_only_settings_that_exist() -> None:

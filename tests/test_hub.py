@@ -395,6 +395,40 @@ async def test_an_erased_stream_is_gone_for_those_who_watch_and_in_the_cache_of_
             pass
 
 
+async def test_an_erase_that_is_heard_during_the_first_read_is_gone_and_nothing_else(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await writer.begin()
+    read = Log.read
+
+    async def erased_meanwhile(log: Log, stream_id: str, after: Cursor | None = None) -> Any:
+        monkeypatch.undo()
+        await log.erase(stream_id)
+
+        async def heard() -> bool:
+            return stream_id not in hub._feeds
+
+        await until(heard)
+        return await read(log, stream_id, after)
+
+    monkeypatch.setattr(Log, "read", erased_meanwhile)
+    with pytest.raises(StreamGone):
+        async with hub.watch(writer.stream_id):
+            pass
+
+
+async def test_what_was_let_go_of_never_comes_back_into_memory(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    async with hub.watch(writer.stream_id) as feed:
+        hub._finished.clear()
+        # As a round of the patrol does that began before the connection was lost.
+        await hub._catch_up(feed)
+    assert hub._finished.feeds() == []
+
+
 async def test_nothing_is_served_from_memory_once_erasing_could_go_unheard(
     hub: Hub, writer: Writer, redis: Redis
 ) -> None:

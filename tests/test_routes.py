@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -290,6 +291,98 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
                 assert "application/problem+json" in operation["responses"][status]["content"], path
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["examples"]
+
+
+async def test_a_body_that_is_not_announced_as_json_is_told_how(api: httpx2.AsyncClient) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    response = await api.post("/chat", content=json.dumps(asking()), headers=form)
+    assert code(response, 415) == "not_json"
+    assert "content-type: application/json" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "expected"),
+    [
+        ('{"logit_bias":{"1":1e999}}', 422, "invalid_request"),
+        ('{"prediction":{"a":NaN}}', 422, "invalid_request"),
+        ('{"prediction":' + "[" * 100_000 + "]" * 100_000 + "}", 400, "bad_json"),
+        ('{"seed":' + "9" * 5000 + "}", 400, "bad_json"),
+    ],
+)
+async def test_json_that_goes_no_further_is_refused(
+    api: httpx2.AsyncClient, value: str, status: int, expected: str
+) -> None:
+    body = '{"messages":[{"role":"user","content":"x"}],' + value.removeprefix("{")
+    headers = {"content-type": "application/json"}
+    assert code(await api.post("/chat", content=body, headers=headers), status) == expected
+
+
+async def test_a_reply_never_outgrows_a_request_that_is_all_wrong(api: httpx2.AsyncClient) -> None:
+    body = asking() | {f"field{n}": 1 for n in range(5000)}
+    response = await api.post("/chat", json=body)
+    assert code(response, 422) == "invalid_request"
+    assert len(response.json()["errors"]) == 20
+
+
+async def test_a_method_that_is_not_allowed_is_told_which_are(api: httpx2.AsyncClient) -> None:
+    assert (await api.get("/chat")).headers["allow"] == "POST"
+
+
+async def test_a_request_whose_head_never_ends_is_cut(api: httpx2.AsyncClient) -> None:
+    reader, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nx: ")
+    with suppress(ConnectionError):
+        for _ in range(1000):
+            writer.write(b"x" * 65536)
+            await writer.drain()
+        assert await reader.read() == b""
+    assert writer.is_closing() or reader.at_eof()
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    assert (await api.get("/healthz")).status_code == 200
+
+
+async def test_a_large_body_and_many_requests_on_one_connection_are_no_long_head(
+    api: httpx2.AsyncClient,
+) -> None:
+    body = {"messages": [{"role": "user", "content": "x" * 900_000}]}
+    for _ in range(5):
+        assert (await api.post("/chat", json=body)).status_code == 202
+
+
+async def test_a_key_whose_stream_is_gone_leads_to_a_new_one(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    headers = {"idempotency-key": "k"}
+    first = (await api.post("/chat", json=asking(), headers=headers)).json()["stream_id"]
+    await redis.delete(f"relay:{first}:log", f"relay:{first}:state")
+    second = (await api.post("/chat", json=asking(), headers=headers)).json()["stream_id"]
+    assert second != first
+    assert (await api.get(f"/streams/{second}")).json()["status"] == "queued"
+
+
+async def test_a_repeated_request_is_told_what_became_of_the_stream(
+    api: httpx2.AsyncClient,
+) -> None:
+    headers = {"idempotency-key": "k"}
+    first = (await api.post("/chat", json=asking(), headers=headers)).json()
+    await api.post(first["cancel_url"])
+    again = (await api.post("/chat", json=asking(), headers=headers)).json()
+    assert again == first | {"status": "cancelled"}
+
+
+async def test_text_that_fails_before_it_begins_still_names_its_stream(
+    api: httpx2.AsyncClient,
+) -> None:
+    headers = {"accept": "text/plain", "idempotency-key": "k"}
+    stream_id = (await api.post("/chat", json=asking(), headers={"idempotency-key": "k"})).json()[
+        "stream_id"
+    ]
+    await api.post(f"/streams/{stream_id}/cancel")
+    response = await api.post("/chat", json=asking(), headers=headers)
+    assert code(response, 409) == "cancelled"
+    assert response.headers["x-stream-id"] == stream_id
 
 
 async def test_the_page_is_served(api: httpx2.AsyncClient) -> None:

@@ -165,6 +165,22 @@ async def test_one_that_left_is_asked_about_unless_the_stream_had_ended(hub: Hub
     assert asked == ["left"]
 
 
+async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:
+    left = asyncio.Event()
+
+    async def on_leave() -> None:
+        left.set()
+
+    log = Log()
+    stuck = Viewer(hub, log.feed, None, heartbeat_seconds=60, write_seconds=0.05, on_leave=on_leave)
+    async with viewing(stuck) as taker:
+        await taker.has(b"queued")
+        taker.reading.clear()
+        log.add(STARTS)
+        async with asyncio.timeout(5):
+            await left.wait()
+
+
 async def test_a_draining_process_lets_its_viewers_go_without_an_end(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
@@ -223,6 +239,17 @@ async def test_text_of_two_attempts_is_never_mixed(hub: Hub) -> None:
         log.begin_anew()
         log.add(*text("second"), ENDS)
     assert (taker.body, taker.ended) == (b"first", False)
+
+
+async def test_a_text_viewer_that_has_text_of_an_attempt_gets_none_of_another(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("old half"))
+    log.begin_anew()
+    log.add(*text("new whole"), ENDS)
+    resumed = TextViewer(hub, log.feed, Cursor(1, 1), heartbeat_seconds=60, write_seconds=60)
+    async with viewing(resumed) as taker, asyncio.timeout(1):
+        await asyncio.wait(_others())
+    assert (taker.body, taker.ended) == (b"", False)
 
 
 async def test_a_new_attempt_before_the_first_text_goes_unnoticed(hub: Hub) -> None:

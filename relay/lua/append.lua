@@ -21,7 +21,7 @@ local entries = {}
 for i = 7 + 2 * (top - first), #ARGV do entries[#entries + 1] = ARGV[i] end
 if #entries == 0 then return { 'ok', top, cancel } end
 append(log, state, channel, attempt, top, entries)
-if top == 0 then redis.call('HSET', state, 'started_ms', now_ms()) end
+if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
 if ending ~= '' then close(id, state, leases, job, ending) end
 keep(ttl_ms, log, state, job)
 return { 'ok', top + #entries / 2, cancel }

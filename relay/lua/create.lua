@@ -1,13 +1,15 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
 -- KEYS: log, state, job, queue, wake, idempotency
--- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms
+-- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms,
+--       state key pattern
 -- Returns {'created', id} | {'repeated', id} | {'conflict'} | {'full'}
 local log, state, job, queue, wake, idempotency = unpack(KEYS)
-local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms = unpack(ARGV)
+local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms, state_of = unpack(ARGV)
 
 if key ~= '' then
   local known = redis.call('HMGET', idempotency, 'id', 'digest')
-  if known[1] then
+  -- A key may outlive its stream, which then expired or was lost: then it leads to a new one.
+  if known[1] and redis.call('EXISTS', string.format(state_of, known[1])) == 1 then
     if known[2] ~= digest then return { 'conflict' } end
     return { 'repeated', known[1] }
   end

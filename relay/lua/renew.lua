@@ -3,7 +3,7 @@
 -- ARGV: lease_ms, live_ms, log key pattern, state key pattern, job key pattern, then id, owner, …
 -- Returns per pair 'held', 'cancel' (held, and a cancel is asked for) or 'lost'
 local leases = KEYS[1]
-local lease_ms, live_ms, log_of, state_of, job_of = unpack(ARGV)
+local lease_ms, live_ms, log_of, state_of, job_of = unpack(ARGV, 1, 5)
 local now = now_ms()
 local verdicts = {}
 
