@@ -48,12 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         redis = connect(settings.redis_url)
-        log = Log(
-            redis,
-            live_ms=settings.live_ms,
-            retention_ms=settings.retention_ms,
-            queue_limit=settings.queue_limit,
-        )
+        log = Log.configured(redis, settings)
         hub = Hub(
             redis,
             log,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from arq.jobs import serialize_job
 from redis.asyncio import Redis
@@ -12,6 +12,7 @@ from relay.connection import script
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
 from relay.events import TERMINAL, Cursor, Entry, Event, to_json
 from relay.ids import new_stream_id
+from relay.settings import Settings
 
 JOB = "generate"
 
@@ -63,6 +64,15 @@ class Log:
         self._append = script(redis, "append")
         self._cancel = script(redis, "cancel")
         self._erase = script(redis, "erase")
+
+    @classmethod
+    def configured(cls, redis: Redis, settings: Settings) -> Self:
+        return cls(
+            redis,
+            live_ms=settings.live_ms,
+            retention_ms=settings.retention_ms,
+            queue_limit=settings.queue_limit,
+        )
 
     async def create(
         self, request: dict[str, Any], *, idempotency_key: str = "", digest: str = ""

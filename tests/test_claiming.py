@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from cli.redis_server import RedisServer
 from emulator.app import Emulator, Record
 from relay import keys
 from relay.chunks import Compactor
-from relay.connection import connect
 from relay.errors import StreamGone
 from relay.events import Event, text_of
 from relay.log import Log
@@ -434,30 +432,6 @@ async def test_without_redis_it_closes_all_the_same(
         await kill_connections(redis)
     await cut(record)
     assert await redis.exists(keys.health(socket.gethostname()))
-
-
-async def test_a_cancelled_command_is_always_cancelled(
-    redis: Redis, redis_server: RedisServer
-) -> None:
-    """The worker's shutdown stands on it: whatever swallows a cancellation runs for ever."""
-    swallowed = []
-    async with connect(redis_server.url) as other:
-
-        async def work() -> None:
-            await command(redis, "RPUSH", "token", 1)
-            await command(other, "BLPOP", "token", 1)
-            await asyncio.Event().wait()
-
-        for steps in range(40):
-            task = asyncio.create_task(work())
-            for _ in range(steps):
-                await asyncio.sleep(0)
-            task.cancel()
-            _, running = await asyncio.wait([task], timeout=0.1)
-            swallowed += [steps] if running else []
-            for each in running:
-                each.cancel()
-    assert swallowed == []
 
 
 # Redis in trouble

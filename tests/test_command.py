@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from cli.up import answers_at, free_port
+from cli.up import free_port
 from emulator.script import prompt
 
 
@@ -20,17 +20,22 @@ from emulator.script import prompt
 async def url(tmp_path: Path) -> AsyncIterator[str]:
     """`relay up` with no configuration at all."""
     async with asyncio.timeout(40):
-        up, url = await start_up(tmp_path)
+        up, url, _ = await start_up(tmp_path)
         yield url
         await interrupt(up)
 
 
-async def start_up(folder: Path, **variables: str) -> tuple[Process, str]:
+async def start_up(folder: Path) -> tuple[Process, str, str]:
+    """`relay up`, its URL, and what it has printed when it is ready."""
     port = free_port("127.0.0.1", 0)
-    up = await relay("up", "--port", str(port), folder=folder, **variables)
-    url = f"http://127.0.0.1:{port}"
-    await answers_at(f"{url}/readyz")(up)
-    return up, url
+    up = await relay("up", "--port", str(port), folder=folder)
+    assert up.stdout is not None
+    printed = ""
+    while "Ctrl-C stops everything" not in printed:
+        line = await up.stdout.readline()
+        assert line, printed
+        printed += line.decode()
+    return up, f"http://127.0.0.1:{port}", printed
 
 
 async def relay(*words: str, folder: Path, **variables: str) -> Process:
@@ -43,8 +48,8 @@ async def relay(*words: str, folder: Path, **variables: str) -> Process:
     )
 
 
-async def interrupt(up: Process) -> str:
-    """Ctrl-C; returns what was printed. Everything has ended within 5 s, cleanly."""
+async def interrupt(up: Process) -> None:
+    """Ctrl-C: everything has ended within 5 s, cleanly."""
     assert up.stdout is not None
     begun = time.monotonic()
     up.send_signal(signal.SIGINT)
@@ -53,7 +58,6 @@ async def interrupt(up: Process) -> str:
     # The promise is 5 s; a loaded machine must not make it a flaky one.
     assert time.monotonic() - begun < 10
     assert "Traceback" not in printed
-    return printed
 
 
 async def output(process: Process) -> str:
@@ -63,8 +67,8 @@ async def output(process: Process) -> str:
 
 async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
     async with asyncio.timeout(40):
-        up, url = await start_up(tmp_path)
-        printed = await interrupt(up)
+        up, url, printed = await start_up(tmp_path)
+        await interrupt(up)
     assert url in printed
     assert "demo upstream" in printed
     for variable in (
@@ -79,14 +83,14 @@ async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
 
 async def test_streams_survive_a_restart_of_everything(tmp_path: Path) -> None:
     async with asyncio.timeout(50):
-        up, url = await start_up(tmp_path)
+        up, url, _ = await start_up(tmp_path)
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
             body = {"messages": [{"role": "user", "content": prompt(text=["kept"])}]}
             asked = await http.post("/chat", json=body)
             path = asked.json()["events_url"]
             whole = (await http.get(path)).text
         await interrupt(up)
-        up, url = await start_up(tmp_path)
+        up, url, _ = await start_up(tmp_path)
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
             again = (await http.get(path)).text
         await interrupt(up)

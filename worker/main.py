@@ -37,12 +37,7 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
     """Raises ConfigurationError. Connects when it runs, not here."""
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     redis = connect(settings.redis_url)
-    log = Log(
-        redis,
-        live_ms=settings.live_ms,
-        retention_ms=settings.retention_ms,
-        queue_limit=settings.queue_limit,
-    )
+    log = Log.configured(redis, settings)
     claims = Claims(
         redis,
         name,
