@@ -60,6 +60,9 @@ class _Cancellable(AbstractConnection):
         if isinstance(command, str):
             command = command.encode()
         try:
+            if self._writer is not None and self._writer.is_closing():
+                # Python 3.12 would fail in writelines, and not with an OSError.
+                raise ConnectionResetError("the other side has closed it")
             async with asyncio.timeout(self.socket_timeout):
                 await self._send_packed_command(
                     [command] if isinstance(command, bytes) else command
@@ -69,7 +72,7 @@ class _Cancellable(AbstractConnection):
             raise RedisTimeoutError("Redis takes nothing in") from None
         except OSError as error:
             await self.disconnect(nowait=True)
-            raise RedisConnectionError(f"the connection broke: {error.strerror}") from error
+            raise RedisConnectionError(f"the connection broke: {error}") from error
         except BaseException:
             # Half a command may be on its way: the connection cannot be used again.
             await self.disconnect(nowait=True)
