@@ -33,8 +33,10 @@ class BoundedHead(HttpToolsProtocol):
         if self._in_head and self._head_bytes > HEAD_BYTES:
             self.transport.abort()
             return
-        self._head_bytes += len(data)
+        was_in_head = self._in_head
         super().data_received(data)
+        if was_in_head and self._in_head:
+            self._head_bytes += len(data)
 
     def on_message_begin(self) -> None:
         self._in_head = True

@@ -351,6 +351,24 @@ async def test_a_large_body_and_many_requests_on_one_connection_are_no_long_head
         assert (await api.post("/chat", json=body)).status_code == 202
 
 
+async def test_a_body_does_not_count_towards_the_head_of_the_next_request(
+    api: httpx2.AsyncClient,
+) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 900_000}]}).encode()
+    reader, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
+    announced = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(b"POST /chat HTTP/1.1\r\nhost: x\r\n" + announced.encode() + body)
+    assert b" 202 " in await reader.readline()
+    writer.write(b"GET /healthz HTTP/1.1\r\n")
+    # The first part of that head has been read when this one is answered.
+    await api.get("/healthz")
+    writer.write(b"host: x\r\nconnection: close\r\n\r\n")
+    answered = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    assert b'{"status":"ok"}' in answered
+
+
 async def test_a_key_whose_stream_is_gone_leads_to_a_new_one(
     api: httpx2.AsyncClient, redis: Redis
 ) -> None:
