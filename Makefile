@@ -4,9 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PACKAGES := relay api worker cli emulator tests bench
 
-.PHONY: up test test-browser check format bench lock clean
+.PHONY: up test test-browser chaos check format bench lock clean
 
 up: $(VENV)/installed
 	@exec $(BIN)/relay up
@@ -16,6 +15,10 @@ test: $(VENV)/installed-dev
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest -m browser
+
+# Faults drawn at random over the real stack, and a checker of what everybody saw; two minutes.
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m chaos $(CHAOS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from relay.errors import BadRequest
+from relay.log import Recovery
 
 JsonObject = dict[str, Any]
 
@@ -73,12 +74,18 @@ class ChatRequest(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
+    recovery: Recovery = Field(
+        "restart",
+        description="If the worker dies after the first chunk: begin the answer anew, or end the "
+        "stream as `failed`, `interrupted`. For this server; the model does not see it.",
+    )
+
     def to_stored(self) -> tuple[JsonObject, str]:
         """What the caller said and nothing that it left out, and a digest that is equal for equal
         bodies. Raises BadRequest for what JSON cannot carry further."""
         try:
-            stored = self.model_dump(exclude_unset=True)
-            text = json.dumps(stored, sort_keys=True, allow_nan=False)
+            stored = self.model_dump(exclude_unset=True, exclude={"recovery"})
+            text = json.dumps([stored, self.recovery], sort_keys=True, allow_nan=False)
         except (ValueError, RecursionError):
             raise BadRequest(
                 "The body nests too deeply, or holds a number that is none: send plain JSON."

@@ -4,6 +4,8 @@ import asyncio
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 from relay.errors import StreamGone
 from relay.events import STARTED, Cursor, Event
@@ -11,7 +13,8 @@ from relay.events import STARTED, Cursor, Event
 Encode = Callable[[Event], bytes]
 
 FRAMES_AT_ONCE = 256
-"""What a viewer takes for one write: a bound on the memory that a slow one holds."""
+BYTES_AT_ONCE = 64 * 1024
+"""What a viewer takes for one write, by either bound: all the memory that a slow one holds."""
 
 
 class Feed:
@@ -25,6 +28,8 @@ class Feed:
         self.events: list[Event] = []
         self.gone: StreamGone | None = None
         self.viewers = 0
+        self.notices: list[bytes] = []
+        """What was told beside the log, to those who were there."""
         self.bytes = 0
         """About what the events and their frames on one wire take."""
         self._latest_start = 0
@@ -40,8 +45,9 @@ class Feed:
         """Whether nothing more will come: a terminal event stands, or the log is gone."""
         return self.gone is not None or bool(self.events and self.events[-1].terminal)
 
-    def add(self, events: list[Event]) -> bool:
-        """Take in what follows the top and pass over what stands.
+    def add(self, events: list[Event], *, read: bool = False) -> bool:
+        """Take in what follows the top and pass over what stands. `read` says that the events were
+        read from the log after the top, so that none is missing before them.
 
         Returns False at a gap: the events from there on are not taken, the log has to be read.
         """
@@ -51,7 +57,7 @@ class Feed:
             top = self.top or Cursor(0, 0)
             if event.cursor <= top or self.ended:
                 continue
-            if not top.leads_to(event.cursor):
+            if not (read or top.leads_to(event.cursor, new_start=event.kind == STARTED)):
                 dense = False
                 break
             if event.kind == STARTED:
@@ -83,18 +89,26 @@ class Feed:
         return index if self.events[index - 1].cursor == cursor else self._latest_start
 
     def frames(self, encode: Encode, start: int) -> list[bytes]:
-        """The next frames from an index on, some at a time; each event is encoded once a wire."""
+        """The next frames from an index on, at least one if there is any, and no more than the
+        bounds of one write; each event is encoded once a wire."""
         frames = self._frames[encode]
         if len(frames) < len(self.events):
             frames += [encode(event) for event in self.events[len(frames) :]]
-        return frames[start : start + FRAMES_AT_ONCE]
+        piece = frames[start : start + FRAMES_AT_ONCE]
+        sizes = list(accumulate(map(len, piece)))
+        return piece[: max(1, bisect_right(sizes, BYTES_AT_ONCE))]
+
+    def notice(self, text: bytes) -> None:
+        """Tell all viewers that are here now something that is no event: one line, no LF."""
+        self.notices.append(text)
+        self.wake()
 
     def wake(self) -> None:
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             settle(waiter, True)
 
-    async def changed(self, seconds: float, *, unless: asyncio.Future[None]) -> bool:
+    async def changed(self, seconds: float, *, unless: asyncio.Future[Any]) -> bool:
         """Wait for news here or for `unless` to be done; False after `seconds` of neither."""
         if unless.done():
             return True
@@ -103,7 +117,7 @@ class Feed:
         self._waiters.add(waiter)
         timer = loop.call_later(seconds, settle, waiter, False)
 
-        def end(_: asyncio.Future[None]) -> None:
+        def end(_: asyncio.Future[Any]) -> None:
             settle(waiter, True)
 
         unless.add_done_callback(end)

@@ -1,11 +1,14 @@
 """The hub: one pub/sub connection per process, one feed per watched stream."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from api.feed import Feed
@@ -21,6 +24,13 @@ logger = get_logger("hub")
 
 PATROL_SECONDS = 5.0
 """How often a watched log is read again: it may have expired, or Redis may have come back empty."""
+
+LEASES_SECONDS = 1.0
+"""How often it is asked whether the workers of the watched streams still hold them."""
+NOTICE_SECONDS = 5.0
+"""How often viewers are told that it still is so."""
+LEASE_LAPSED = b"the worker fell silent, another one is to take over"
+REDIS_AWAY = b"Redis is away, the answer goes on when it is back"
 
 
 class Hub:
@@ -50,6 +60,11 @@ class Hub:
     def connected(self) -> bool:
         return self._listener.connected
 
+    @property
+    def redis_away(self) -> bool:
+        """Whether Redis is known not to answer: then nobody need wait to find that out."""
+        return self._listener.away
+
     def viewers(self) -> dict[str, int]:
         """stream_id -> how many viewers it has in this process."""
         feeds = [*self._finished.feeds(), *self._feeds.values()]
@@ -62,6 +77,8 @@ class Hub:
         Raises StreamGone; RedisError if the log cannot be read now.
         """
         feed = self._finished.get(stream_id) or self._feeds.get(stream_id)
+        if feed is None and self.redis_away:
+            raise RedisConnectionError("Redis is away")  # Without waiting to find out again.
         if feed is None:
             feed = self._feeds[stream_id] = Feed(stream_id)
             self._first_reads[feed] = self._start(self._read_first(feed))
@@ -81,9 +98,10 @@ class Hub:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listener.run())
             group.create_task(self._patrol())
+            group.create_task(self._watch_leases())
 
     def drain(self) -> None:
-        """Let every viewer end, broken off, so that it comes back to another process."""
+        """Let viewers go, each in its own time and broken off, so that they go elsewhere."""
         self.draining = True
         for feed in [*self._finished.feeds(), *self._feeds.values()]:
             feed.wake()
@@ -92,7 +110,7 @@ class Hub:
 
     async def _read_first(self, feed: Feed) -> None:
         try:
-            feed.add(await self._log.read(feed.stream_id))
+            feed.add(await self._log.read(feed.stream_id), read=True)
             if feed.ended:
                 remaining_ms = await self._log.remaining_ms(feed.stream_id)
                 self._end(feed, remaining_ms / 1000)
@@ -115,7 +133,7 @@ class Hub:
         try:
             while feed in self._stale and not feed.ended:
                 self._stale.discard(feed)
-                feed.add(await self._log.read(feed.stream_id, feed.top))
+                feed.add(await self._log.read(feed.stream_id, feed.top), read=True)
         except StreamGone as gone:
             feed.end_as_gone(gone)
         except RedisError as error:
@@ -132,6 +150,27 @@ class Hub:
             await asyncio.sleep(PATROL_SECONDS)
             for feed in list(self._feeds.values()):
                 await self._catch_up(feed)
+
+    # Telling viewers why nothing comes.
+
+    async def _watch_leases(self) -> None:
+        """No event can say that a worker has died, until a sweep finds it. So this does."""
+        told: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(LEASES_SECONDS)
+            if self.redis_away:
+                waiting, notice = set(self._feeds), REDIS_AWAY
+            else:
+                try:
+                    waiting, notice = await self._log.lapsed(list(self._feeds)), LEASE_LAPSED
+                except RedisError:
+                    continue
+            now = time.monotonic()
+            told = {each: seconds for each, seconds in told.items() if each in waiting}
+            for stream_id in waiting & self._feeds.keys():
+                if now - told.get(stream_id, -math.inf) >= NOTICE_SECONDS:
+                    told[stream_id] = now
+                    self._feeds[stream_id].notice(notice)
 
     # Hearing what is published.
 

@@ -102,7 +102,7 @@ def problem_for(error: RelayError) -> Response:
 
 
 def redis_away() -> Response:
-    detail = "Redis does not answer: try again in a few seconds."
+    detail = "Redis is away or takes nothing in: try again in a few seconds."
     return problem(503, "redis_away", detail, retry_seconds=RETRY_SECONDS)
 
 

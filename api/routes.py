@@ -14,7 +14,7 @@ from api.hub import Hub
 from api.presence import Presence
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
-from api.viewer import TextViewer, Viewer
+from api.viewer import HEADERS, NotNow, TextViewer, Viewer
 from api.wires import native, text
 from relay.errors import StreamGone, StreamUnknown
 from relay.events import Cursor
@@ -131,8 +131,12 @@ async def chat(
 
     The answer is then made by a worker, whoever watches or not.
     """
+    if parts.hub.redis_away:
+        return redis_away()  # At once: a Redis that hangs would cost each caller a time limit.
     request, digest = body.to_stored()
-    created = await parts.log.create(request, idempotency_key=idempotency_key, digest=digest)
+    created = await parts.log.create(
+        request, recovery=body.recovery, idempotency_key=idempotency_key, digest=digest
+    )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     url = f"/streams/{stream_id}"
@@ -164,6 +168,7 @@ async def chat(
         None,
         heartbeat_seconds=parts.settings.heartbeat_seconds,
         write_seconds=parts.settings.write_seconds,
+        drain_seconds=parts.settings.drain_seconds,
         headers=headers,
         on_leave=cancel if x_on_disconnect == "cancel" else None,
     )
@@ -201,16 +206,23 @@ async def events(
     """
     given = last_event_id or last_event_id_in_query
     cursor = Cursor.parse(given) if given else None
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    viewer = _viewer_for(accept)
+    try:
+        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    except RedisError:
+        if viewer is Viewer:
+            return NotNow(headers=HEADERS)
+        raise
     if feed.ended and cursor is not None and cursor == feed.top:
         return Response(status_code=204)
-    viewer = _viewer_for(accept) or Viewer
+    viewer = viewer or Viewer
     return viewer(
         parts.hub,
         feed,
         cursor,
         heartbeat_seconds=parts.settings.heartbeat_seconds,
         write_seconds=parts.settings.write_seconds,
+        drain_seconds=parts.settings.drain_seconds,
         headers={"x-stream-id": stream_id},
     )
 
@@ -267,6 +279,8 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
     """503 while Redis does not answer and from the moment that this process shuts down."""
     if parts.hub.draining:
         return problem(503, "draining", "Ask another process.")
+    if parts.hub.redis_away:
+        return redis_away()
     await request.app.state.redis.ping()
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
 

@@ -1,38 +1,85 @@
-"""uvicorn, taught to let its viewers go before it waits for them."""
+"""uvicorn, taught to let its viewers go before it waits for them, and to wait for no client."""
 
+import asyncio
 import logging
 import socket
+import sys
+from contextlib import suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from api.routes import Parts
+from api.viewer import CONNECTION
 from relay.settings import Settings
 
-DRAIN_SECONDS = 3
+CLOSE_SECONDS = 2
+"""For what is still open after the drain: requests that wait for Redis, buffers to be flushed."""
 HEAD_BYTES = 65536
 """Of a request's line and headers; the read that goes over it is the last."""
+HEAD_SECONDS = 10.0
+"""From the connection, or from the first byte of its next request, to the end of the head."""
+BODY_SECONDS = 30.0
+"""From the end of a request's head to the end of its body."""
+KEEPALIVE_SECONDS = 30
+"""Of silence until the kernel asks whether the peer still lives, three times 10 s apart."""
+SEND_BYTES = 256 * 1024
+"""Of what a peer does not take, the kernel would hold some 4 MB; Linux makes twice this of it."""
+TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn would wait for every open response, and a live stream does not end by itself.
-        app = self.config.app
-        assert isinstance(app, FastAPI)  # noqa: S101
-        app.state.parts.hub.drain()
+        parts = _parts(self.config)
+        parts.hub.drain()
+        await self._stay(parts.settings.drain_seconds)
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn takes a second Ctrl-C for that, but no second SIGTERM.
+        self.force_exit = self.force_exit or self.should_exit
+        super().handle_exit(sig, frame)
 
-class BoundedHead(HttpToolsProtocol):
-    """uvicorn bounds no request's head: one header of many MB would stall every viewer here."""
+    async def _stay(self, seconds: float) -> None:
+        """Go on listening while viewers leave: a balancer has to hear that we are not ready, and
+        what it sends until then must not be refused."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while loop.time() < until and not self.force_exit:  # noqa: ASYNC110 - a signal sets it
+            await asyncio.sleep(0.05)
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection, which can neither stall the others nor stay for ever: uvicorn bounds
+    a request in neither size nor time, and waits without end for a peer to take what it sends."""
 
     _head_bytes = 0
     _in_head = True
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        with suppress(OSError):  # One that is gone again already may not take options.
+            _bound(transport.get_extra_info("socket"), _parts(self.config).settings.write_seconds)
+        self._expect_within(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_head and self._head_bytes > HEAD_BYTES:
             self.transport.abort()
             return
+        # The next request begins. Not so while a response is under way: it is not to be cut off.
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_within(HEAD_SECONDS)
         was_in_head = self._in_head
         super().data_received(data)
         if was_in_head and self._in_head:
@@ -41,10 +88,57 @@ class BoundedHead(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: {"abort": self.transport.abort}}
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
+        self._expect_within(BODY_SECONDS)
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._expect_nothing()
+        super().on_message_complete()
+
+    def _expect_within(self, seconds: float) -> None:
+        self._expect_nothing()
+        self._deadline = self.loop.call_later(seconds, self._give_up, seconds)
+
+    def _expect_nothing(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self, seconds: float) -> None:
+        """The peer has not sent in time what it owes."""
+        if self.pipeline:
+            # It could not: nothing is read while an earlier request has its response.
+            self._expect_within(seconds)
+            return
+        under_way = not self._in_head and self.cycle.response_started
+        if under_way or self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.write(TIMED_OUT)
+            self.transport.close()
+
+
+def _bound(peer: socket.socket, write_seconds: float) -> None:
+    """Let the kernel find peers that vanished without a word. What we write to them fits into its
+    buffer for hours, so that no write of ours would ever wait."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        milliseconds = min(int(write_seconds * 1000), 2**31 - 1)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def _parts(config: uvicorn.Config) -> Parts:
+    assert isinstance(config.app, FastAPI)  # noqa: S101
+    parts: Parts = config.app.state.parts
+    return parts
 
 
 def create_server(app: FastAPI, settings: Settings) -> Server:
@@ -53,11 +147,13 @@ def create_server(app: FastAPI, settings: Settings) -> Server:
         app,
         host=settings.host,
         port=settings.port,
-        http=BoundedHead,
+        http=Connection,
+        # No route speaks it, and it would take the connection out of these hands.
+        ws="none",
         log_config=None,
         # A line per request would hold its query string.
         access_log=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
     )
     return Server(config)

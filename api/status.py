@@ -34,7 +34,7 @@ class StreamStatus(BaseModel):
             stream_id=stream_id,
             status=state.status,
             text=join_text([text_of(event) for event in current]),
-            attempt=state.attempt,
+            attempt=state.claims,
             place=state.place,
             viewers=viewers,
             model=current[0].value()["model"] if current else None,

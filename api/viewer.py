@@ -5,10 +5,10 @@ import random
 from collections.abc import Awaitable, Callable
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from api.feed import FRAMES_AT_ONCE, Feed
-from api.hub import Hub
+from api.feed import Feed, settle
+from api.hub import REDIS_AWAY, Hub
 from api.problems import problem, problem_for
 from api.wires import native, text
 from relay.events import CANCELLED, FAILED, STARTED, Cursor, Event
@@ -19,7 +19,15 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 RETRY_MS = 1000
-DRAIN_RETRY_MS = (500, 3000)
+COME_BACK_MS = (500, 3000)
+CONNECTION = "relay.connection"
+"""The extension in the scope by which our server offers `abort`, a function that ends the
+connection without waiting for the peer. With any other ASGI server it ends as that one does."""
+
+
+def come_back() -> bytes:
+    """The last words to a viewer that is to try again, not together with all the others."""
+    return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
 
 
 class BrokenOff(Exception):
@@ -29,8 +37,9 @@ class BrokenOff(Exception):
 class Viewer(Response):
     """The native wire. Takes all frames since its cursor and writes them as one body message.
 
-    It ends after the terminal event; when the log is gone, which it says in band; when this process
-    drains; and, broken off, when the client takes nothing for `write_seconds`.
+    It ends after the terminal event and when the log is gone, which it says in band. It is broken
+    off when this process drains, at a moment of its own; and, socket and all, when the client
+    takes nothing for `write_seconds`.
     """
 
     media_type = native.MEDIA_TYPE
@@ -44,6 +53,7 @@ class Viewer(Response):
         *,
         heartbeat_seconds: float,
         write_seconds: float,
+        drain_seconds: float = 0.0,
         headers: dict[str, str] | None = None,
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -55,67 +65,127 @@ class Viewer(Response):
         self._cursor = cursor
         self._heartbeat_seconds = heartbeat_seconds
         self._write_seconds = write_seconds
+        self._drain_seconds = drain_seconds
         self._on_leave = on_leave
+        self._noticed = len(feed.notices)
+        self._parting: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left = asyncio.ensure_future(_left(receive))
+        connection = scope.get("extensions", {}).get(CONNECTION, {})
+        over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        watching = asyncio.ensure_future(_until_left(receive, over))
+        if self._hub.draining:
+            # It has only just come: it may as well go elsewhere at once.
+            settle(over, True)
         try:
-            await self._respond(scope, receive, send, left)
-        except (BrokenOff, TimeoutError):
+            await self._respond(scope, receive, send, over)
+        except BrokenOff:
             # An ASGI server closes the connection when the application returns before the end.
             pass
+        except TimeoutError:
+            connection.get("abort", _leave_it_to_the_server)()
         finally:
-            left.cancel()
-        if self._on_leave is not None and not self._feed.ended and not self._hub.draining:
+            watching.cancel()
+            if self._parting is not None:
+                self._parting.cancel()
+        if self._on_leave is not None and not self._feed.ended and not _sent_away(over):
             await self._on_leave()
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, left: asyncio.Future[None]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
     ) -> None:
         await self._begin(send)
         await self._write(send, native.retry(RETRY_MS))
-        await self._follow(send, left)
-        if self._hub.draining:
-            await self._write(send, native.retry(random.randint(*DRAIN_RETRY_MS)))  # noqa: S311
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._follow(send, over)
+        await self._end(send)
 
-    async def _follow(self, send: Send, left: asyncio.Future[None]) -> None:
+    async def _follow(self, send: Send, over: asyncio.Future[bool]) -> None:
         """Write the feed from the cursor on, until its end or until the viewer must go."""
         feed = self._feed
         index = None
-        while not left.done() and not self._hub.draining:
+        while True:
             if feed.gone is not None:
                 await self._write(send, self._tell_gone(feed))
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
                 index = feed.position(self._cursor)
-            body, taken = self._take(index) if index is not None else (b"", 0)
-            if index is not None and taken:
-                index += taken
-                await self._write(send, body)
-            elif feed.ended:
+            # Asked first: one that has everything by the time it must go has its proper end.
+            if feed.ended and index == len(feed.events):
                 return
-            elif not await feed.changed(self._heartbeat_seconds, unless=left):
+            if over.done():
+                await self._go(send, over)
+                return
+            self._part_when_draining(over)
+            notices = self._take_notices()
+            body, taken = self._take(index) if index is not None else (b"", 0)
+            if index is not None:
+                index += taken
+            if notices or taken:
+                await self._write(send, notices + body)
+            elif not await feed.changed(self._heartbeat_seconds, unless=over):
                 await self._write(send, self.heartbeat)
+
+    def _part_when_draining(self, over: asyncio.Future[bool]) -> None:
+        """Choose a moment of its own, so that not all viewers storm the next process at once."""
+        if self._hub.draining and self._parting is None:
+            seconds = random.uniform(0, self._drain_seconds)  # noqa: S311
+            self._parting = asyncio.get_running_loop().call_later(seconds, settle, over, True)
+
+    async def _go(self, send: Send, over: asyncio.Future[bool]) -> None:
+        """Nothing is left to say to one that left; one that is sent away is to come back."""
+        if _sent_away(over):
+            await self._write(send, self._last_words())
+            raise BrokenOff
+
+    def _last_words(self) -> bytes:
+        return come_back()
 
     def _take(self, index: int) -> tuple[bytes, int]:
         """The next piece of the body, and how many events it covers."""
         frames = self._feed.frames(native.encode, index)
         return b"".join(frames), len(frames)
 
+    def _take_notices(self) -> bytes:
+        """What the feed has told since this viewer came or was last told."""
+        fresh = self._feed.notices[self._noticed :]
+        self._noticed += len(fresh)
+        return b"".join(self._comment(notice) for notice in fresh)
+
+    def _comment(self, notice: bytes) -> bytes:
+        return native.comment(notice)
+
     def _tell_gone(self, feed: Feed) -> bytes:
         assert feed.gone is not None  # noqa: S101
         return native.encode_gone(feed.gone)
 
     async def _begin(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
+        start = {"type": "http.response.start"}
+        await self._send(send, {**start, "status": self.status_code, "headers": self.raw_headers})
 
     async def _write(self, send: Send, body: bytes) -> None:
         if body:
-            async with asyncio.timeout(self._write_seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _end(self, send: Send) -> None:
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        async with asyncio.timeout(self._write_seconds):
+            await send(message)
+
+
+class NotNow(Response):
+    """To an EventSource while nothing can be read: one that hears 503 would never come back."""
+
+    media_type = native.MEDIA_TYPE
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del self.headers["content-length"]
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        body = native.comment(REDIS_AWAY) + come_back()
+        # Without its end, so that nobody takes it for one.
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 class TextViewer(Viewer):
@@ -132,30 +202,30 @@ class TextViewer(Viewer):
     _written = False
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, left: asyncio.Future[None]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
     ) -> None:
         # A client with a cursor has text already, though nothing was written here.
         self._written = self._cursor is not None and self._cursor.attempt > 0
-        while not (self._speaks() or self._feed.ended or left.done() or self._hub.draining):
-            await self._feed.changed(self._heartbeat_seconds, unless=left)
-        if not self._speaks() and (failure := self._failure()):
+        while not (self._speaks() or self._feed.ended or over.done()):
+            self._part_when_draining(over)
+            await self._feed.changed(self._heartbeat_seconds, unless=over)
+        if not self._speaks() and (failure := self._failure(over)):
             for name in ("x-stream-id", "location"):
                 if name in self.headers:
                     failure.headers[name] = self.headers[name]
             await failure(scope, receive, send)
             return
         await self._begin(send)
-        await self._follow(send, left)
-        if self._hub.draining:
-            raise BrokenOff
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._follow(send, over)
+        await self._end(send)
 
     def _take(self, index: int) -> tuple[bytes, int]:
-        events = self._feed.events[index : index + FRAMES_AT_ONCE]
+        frames = self._feed.frames(text.encode, index)
+        events = self._feed.events[index : index + len(frames)]
         upto = next((i for i, event in enumerate(events) if self._breaks(event)), len(events))
         if events and upto == 0:
             raise BrokenOff
-        body = b"".join(self._feed.frames(text.encode, index)[:upto])
+        body = b"".join(frames[:upto])
         self._written = self._written or bool(body)
         return body, upto
 
@@ -165,27 +235,42 @@ class TextViewer(Viewer):
     def _tell_gone(self, feed: Feed) -> bytes:
         raise BrokenOff
 
+    def _comment(self, notice: bytes) -> bytes:
+        return b""
+
+    def _last_words(self) -> bytes:
+        return b""
+
     def _speaks(self) -> bool:
         """Whether there is any text to begin with."""
         events = self._feed.events[self._feed.position(None) :]
         return any(text.encode(event) for event in events)
 
-    def _failure(self) -> Response | None:
+    def _failure(self, over: asyncio.Future[bool]) -> Response | None:
         if self._feed.gone is not None:
             return problem_for(self._feed.gone)
-        if self._hub.draining:
-            detail = "Watch this stream again: another process answers."
-            return problem(503, "draining", detail, retry_seconds=1)
         last = self._feed.events[-1]
         if last.kind == FAILED:
             value = last.value()
             return problem(502, value["code"], value["message"])
         if last.kind == CANCELLED:
             return problem(409, "cancelled", "The stream was cancelled before its first text.")
+        if _sent_away(over):
+            detail = "Watch this stream again: another process answers."
+            return problem(503, "draining", detail, retry_seconds=1)
         return None
 
 
-async def _left(receive: Receive) -> None:
-    """Done when the client has gone."""
+def _sent_away(over: asyncio.Future[bool]) -> bool:
+    """`over` is done when a viewer is to end: True if we let it go, False if it left."""
+    return over.done() and over.result()
+
+
+async def _until_left(receive: Receive, over: asyncio.Future[bool]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    settle(over, False)
+
+
+def _leave_it_to_the_server() -> None:
+    """It closes a connection whose application has returned, once the peer has taken the rest."""

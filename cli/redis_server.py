@@ -181,7 +181,7 @@ async def spawn(
         stdout=stdout,
         pass_fds=pass_fds,
         start_new_session=True,
-        preexec_fn=_end_with_parent(),
+        preexec_fn=end_with_parent(),
     )
 
 
@@ -191,14 +191,15 @@ def send(process: Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """For preexec_fn: the child is sent `number` when its parent dies, however that happens."""
     if sys.platform != "linux":
         return None
     # Looked up before the fork: little is safe between fork and exec.
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def in_child() -> None:
-        prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        prctl(1, number)  # 1 is PR_SET_PDEATHSIG
         if os.getppid() != parent:  # It died before the prctl, and nobody will tell.
             os._exit(1)
 

@@ -252,6 +252,8 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
     env["REDIS_URL"] = redis.url if redis else settings.redis_url
     if "grace_seconds" not in settings.model_fields_set:
         env["RELAY_GRACE_SECONDS"] = "2"  # Ctrl-C is to end everything within 5 s.
+    if "drain_seconds" not in settings.model_fields_set:
+        env["RELAY_DRAIN_SECONDS"] = "0"  # There is no other process to spread the viewers over.
     children = []
     if redis:
         children.append(Child("redis", redis.argv, os.environ, redis.ready, STORE, redis.pass_fds))

@@ -65,7 +65,8 @@ def prompt_filtered() -> Json:
 
 
 class Answer:
-    """What `script` makes of the chat request `body`, answered as Azure does or as OpenAI does."""
+    """What `script` makes of the chat request `body`, the `number`-th that came, answered as Azure
+    does or as OpenAI does."""
 
     def __init__(self, script: Script, body: Json, *, azure: bool, number: int, model: str) -> None:
         self.script = script
@@ -75,6 +76,7 @@ class Answer:
         self.logprobs = bool(body.get("logprobs"))
         self.top = int(body.get("top_logprobs") or 0)
         self.include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.number = number
         self.id = f"chatcmpl-emulator{number:08}"
         self.pieces = 0
         self.characters = 0
@@ -107,7 +109,7 @@ class Answer:
 
     def whole(self) -> bytes:
         """The answer to a request that does not stream, as one JSON object."""
-        deltas = list(islice(self.script.deltas(), self.script.after))
+        deltas = list(islice(self.script.deltas(self.number), self.script.after))
         text = "".join(delta.get("content", "") for delta in deltas)
         calls = _join_calls(deltas)
         message: Json = {
@@ -152,7 +154,7 @@ class Answer:
     def _pieces(self) -> Iterator[tuple[bytes, int]]:
         """Each piece for every choice, side by side."""
         writers = [self._text_writer(index) for index in range(self.n)]
-        for delta in self.script.deltas():
+        for delta in self.script.deltas(self.number):
             self.pieces += 1
             text = delta.get("content")
             if text is None or self.logprobs:

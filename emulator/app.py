@@ -10,7 +10,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, Literal
 from urllib.parse import parse_qs
 
@@ -34,16 +33,20 @@ _BATCH = 16
 
 @dataclass(eq=False)
 class Record:
-    """One chat request. `outcome` is set, then `over`, when its response has ended:
+    """The `number`-th chat request, from 1. `outcome` is set, then `over`, when its response has
+    ended:
 
     completed     all was sent that belongs to a whole answer
     failed        the emulator refused it or broke it off, as its script said
     disconnected  the client left first
     """
 
+    number: int
     path: str
     headers: dict[str, str]
     body: Json
+    key: str = ""
+    """The script's, as soon as the script is read."""
     started: float = field(default_factory=time.monotonic)
     sent: int = 0
     outcome: Outcome | None = None
@@ -56,7 +59,7 @@ class Record:
         self.over.set()
 
     def public(self) -> Json:
-        names = ("path", "body", "started", "sent", "outcome", "ended")
+        names = ("number", "key", "path", "body", "started", "sent", "outcome", "ended")
         return {name: getattr(self, name) for name in names}
 
 
@@ -68,13 +71,12 @@ class _Refused(Exception):
 
 
 class Emulator:
-    """`requests` is the journal of the last 1000 chat requests, oldest first."""
+    """`requests` is the journal: the last `journal` chat requests, oldest first."""
 
-    def __init__(self) -> None:
-        self.requests: deque[Record] = deque(maxlen=1000)
+    def __init__(self, journal: int = 1000) -> None:
+        self.requests: deque[Record] = deque(maxlen=journal)
         self.total = 0
         self._arrived = asyncio.Event()
-        self._numbers = count(1)
         self._refusals: Counter[str] = Counter()
 
     async def request(self, number: int) -> Record:
@@ -123,9 +125,10 @@ class Emulator:
             body = json.loads(raw)
         except ValueError:
             body = None
-        record = Record(scope["path"], headers, body if isinstance(body, dict) else {})
-        self.requests.append(record)
         self.total += 1
+        body = body if isinstance(body, dict) else {}
+        record = Record(self.total, scope["path"], headers, body)
+        self.requests.append(record)
         self._arrived.set()
         self._arrived = asyncio.Event()
         return record
@@ -135,6 +138,7 @@ class Emulator:
         try:
             _check_access(record, scope)
             script = parse(_check_body(record))
+            record.key = script.key
             await asyncio.sleep(script.first_ms / 1000)
             self._check_refusal(script, azure=azure)
         except BadScript as bad:
@@ -145,7 +149,7 @@ class Emulator:
             await _reply(send, refused.status, refused.body, refused.headers)
             return "failed"
         model = str(record.body.get("model") or _deployment(record.path))
-        answer = Answer(script, record.body, azure=azure, number=next(self._numbers), model=model)
+        answer = Answer(script, record.body, azure=azure, number=record.number, model=model)
         if record.body.get("stream"):
             return await _stream(record, answer, scope, send)
         return await _whole(record, answer, scope, send)

@@ -40,6 +40,8 @@ class Script:
     text: list[str] | None = None
     stamp: bool = False
     """Each of the `chunks` is "<number>:<time.monotonic_ns()> ", taken as it is written."""
+    label: bool = False
+    """Each of the `chunks` is "<request>.<number> ": which upstream request it is from."""
     surrogate: bool = False
     """An emoji at the end of the text, as two lone surrogates in two chunks."""
     empty: bool = False
@@ -74,16 +76,19 @@ class Script:
     def finish(self) -> str:
         return self.finish_reason or ("tool_calls" if self.tool_calls else "stop")
 
-    def deltas(self) -> Iterator[dict[str, Any]]:
-        """The pieces in order, each made when it is asked for: a stamp is of its own moment."""
-        for text in self._texts():
+    def deltas(self, request: int) -> Iterator[dict[str, Any]]:
+        """The pieces in order, each made when it is asked for: a stamp is of its own moment.
+
+        `request` is the number of the upstream request that they answer.
+        """
+        for text in self._texts(request):
             yield {"content": text}
         for text in _split(self.refusal or ""):
             yield {"refusal": text}
         for index, call in enumerate(self.tool_calls or []):
             yield from _call_deltas(index, call)
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self, request: int) -> Iterator[str]:
         if self.empty:
             return
         if self.text is not None:
@@ -92,7 +97,10 @@ class Script:
             silent = self.surrogate or self.refusal is not None or self.tool_calls is not None
             count = self.chunks if self.chunks is not None else 0 if silent else 16
             for number in range(count):
-                yield f"{number}:{time.monotonic_ns()} " if self.stamp else f"{number} "
+                if self.label:
+                    yield f"{request}.{number} "
+                else:
+                    yield f"{number}:{time.monotonic_ns()} " if self.stamp else f"{number} "
         if self.surrogate:
             yield from ("\ud83d", "\ude00")
 

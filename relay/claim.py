@@ -2,36 +2,52 @@
 
 A claim is an attempt number and a lease, handed out in one atom. The attempt number is in every
 entry id, so it is the fencing token: what an earlier attempt still sends is refused. The lease is
-kept by Redis' clock alone; whoever stops renewing it loses the job to the queue.
+kept by Redis' clock alone; whoever stops renewing it loses the job to the queue, or, when nobody
+shall try again, the stream is ended.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple, Self
 
 from redis.asyncio import Redis
 
 from relay import keys
 from relay.connection import script
+from relay.events import to_json
+from relay.settings import Settings
 
 Verdict = Literal["held", "cancel", "lost"]
+
+INTERRUPTED = {
+    "code": "interrupted",
+    "message": "The answer was interrupted: ask again.",
+    "retryable": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     stream_id: str
     attempt: int
-    """The fencing token: above that of every earlier claim on this stream."""
+    """The fencing token: above that of every earlier claim on this stream, also of one that Redis
+    has forgotten. Dense it is not."""
     owner: str
-    """Names this one claim. Attempt numbers repeat if Redis forgets its last second; owners do
-    not, so two writers can never both pass for the same attempt."""
-    tries: int
-    """How often the job was begun, this time included; a hand-over is no try."""
-    cancel_asked: bool
-    request: dict[str, Any]
+    """Names this one claim, in Redis and against every other."""
+    ordinal: int
+    """The how-manieth claim on this stream it is, from 1; for people."""
+    request: bytes
+    """As it was stored, JSON."""
     job: bytes
     """arq's serialized job."""
+
+
+class Released(NamedTuple):
+    """A stream whose claim was let go."""
+
+    stream_id: str
+    ended: str
+    """The kind of its terminal event; empty if its job is in the queue again."""
 
 
 class Claims:
@@ -39,17 +55,40 @@ class Claims:
     the three. Every method may raise redis.exceptions.RedisError and may then be repeated."""
 
     def __init__(
-        self, redis: Redis, worker: str, *, lease_ms: int, live_ms: int, queue_limit: int
+        self,
+        redis: Redis,
+        worker: str,
+        *,
+        lease_ms: int,
+        live_ms: int,
+        retention_ms: int,
+        queue_limit: int,
+        max_attempts: int,
     ) -> None:
+        """`max_attempts`: so many may fail, then the stream ends; a hand-over is no failure."""
         self._redis = redis
         self._worker = worker
         self._lease_ms = lease_ms
         self._live_ms = live_ms
+        self._retention_ms = retention_ms
         self._queue_limit = queue_limit
+        self._max_attempts = max_attempts
         self._calls = 0
         self._claim = script(redis, "claim")
         self._renew = script(redis, "renew")
-        self._requeue = script(redis, "requeue")
+        self._release = script(redis, "release")
+
+    @classmethod
+    def configured(cls, redis: Redis, worker: str, settings: Settings) -> Self:
+        return cls(
+            redis,
+            worker,
+            lease_ms=settings.lease_ms,
+            live_ms=settings.live_ms,
+            retention_ms=settings.retention_ms,
+            queue_limit=settings.queue_limit,
+            max_attempts=settings.max_attempts,
+        )
 
     async def claim(self, want: int) -> list[Claim]:
         """Up to `want` jobs from the queue, oldest first."""
@@ -59,10 +98,7 @@ class Claims:
             keys=[keys.QUEUE, keys.LEASES],
             args=[owner, want, self._lease_ms, keys.state("%s"), keys.job("%s")],
         )
-        return [
-            Claim(row[0].decode(), row[1], owner, row[2], bool(row[3]), json.loads(row[4]), row[5])
-            for row in rows
-        ]
+        return [Claim(row[0].decode(), row[1], owner, *row[2:]) for row in rows]
 
     async def renew(self, claims: Sequence[Claim]) -> list[Verdict]:
         """Extend the leases that are still held. `cancel`: held, and a cancel is asked for."""
@@ -81,20 +117,33 @@ class Claims:
         return [verdict.decode() for verdict in verdicts]
 
     async def hand_over(self, claim: Claim) -> None:
-        """Back into the queue, at its old place, at no cost of a try."""
-        await self._put_back(claim.stream_id, claim.owner)
+        """Back into the queue, at its old place, at no cost of a try. A stream that asked not to be
+        begun anew ends as interrupted, if it had begun."""
+        await self._let_go(claim.stream_id, claim.owner)
 
-    async def sweep(self) -> list[str]:
-        """Put every job whose lease has lapsed back into the queue; returns their ids."""
-        return [stream_id.decode() for stream_id in await self._put_back()]
+    async def sweep(self) -> list[Released]:
+        """Let go of every claim whose lease has lapsed.
+
+        The job goes back into the queue; the stream ends as cancelled, if that was asked for, or as
+        interrupted, if it was tried often enough or asked not to be begun anew.
+        """
+        return await self._let_go()
 
     async def wake(self, redis: Redis, seconds: float) -> None:
         """Return when a job was queued, or after `seconds`. `redis` must allow a call that long."""
         await redis.execute_command("BLPOP", keys.WAKE, seconds)  # type: ignore[no-untyped-call]
 
-    async def _put_back(self, *of: str) -> list[bytes]:
-        back: list[bytes] = await self._requeue(
-            keys=[keys.QUEUE, keys.LEASES, keys.WAKE],
-            args=[keys.state("%s"), self._queue_limit, *of],
+    async def _let_go(self, *of: str) -> list[Released]:
+        rows = await self._release(
+            keys=[keys.QUEUE, keys.LEASES, keys.WAKE, keys.SWEPT],
+            args=[
+                *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+                self._queue_limit,
+                self._retention_ms,
+                self._lease_ms,
+                self._max_attempts,
+                to_json(INTERRUPTED),
+                *of,
+            ],
         )
-        return back
+        return [Released(stream_id.decode(), kind.decode()) for stream_id, kind in rows]

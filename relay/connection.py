@@ -18,8 +18,9 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-ANSWER_SECONDS = 5.0
-CONNECT_SECONDS = 2.0
+# So short that a worker whose connection hangs can renew its lease by another in time.
+ANSWER_SECONDS = 2.0
+CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
 
 
@@ -27,7 +28,7 @@ def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_S
     """A client whose every call ends: bounded connections, each with time limits."""
     options: dict[str, Any] = dict(parse_url(url))
     kind = options.pop("connection_class", Connection)
-    pool = BlockingConnectionPool(
+    pool = _Pool(
         **options,
         connection_class=_CANCELLABLE[kind],
         max_connections=connections,
@@ -46,6 +47,15 @@ def script(redis: Redis, name: str) -> AsyncScript:
 def _source(name: str) -> str:
     folder = resources.files("relay") / "lua"
     return (folder / "_common.lua").read_text() + (folder / f"{name}.lua").read_text()
+
+
+class _Pool(BlockingConnectionPool):
+    async def release(self, connection: AbstractConnection) -> None:
+        if not connection.is_connected:
+            # What cut this one may have cut them all, and each would cost a time limit to find out.
+            for idle in self._available_connections:
+                await idle.disconnect(nowait=True)
+        await super().release(connection)
 
 
 class _Cancellable(AbstractConnection):

@@ -37,11 +37,12 @@ class Cursor(NamedTuple):
     def __str__(self) -> str:
         return f"{self.attempt}-{self.seq}"
 
-    def leads_to(self, following: "Cursor") -> bool:
-        """Whether an entry may directly follow this one: dense, or the start of a later attempt."""
+    def leads_to(self, following: "Cursor", *, new_start: bool) -> bool:
+        """Whether an entry needs nothing between it and this one: it is the next of the attempt, or
+        a later attempt's `started`, at which viewers clear what they have."""
         if following.attempt == self.attempt:
             return following.seq == self.seq + 1
-        return following.attempt > self.attempt and following.seq == 0
+        return new_start and following.attempt > self.attempt and following.seq == 0
 
 
 class Entry(NamedTuple):

@@ -3,12 +3,13 @@
 | key | type | holds |
 |---|---|---|
 | relay:{id}:log | stream | the events of one stream, entry ids `<attempt>-<seq>` |
-| relay:{id}:state | hash | attempt, next, tries, owner, request, cancel, ended, … |
+| relay:{id}:state | hash | attempt, next, claims, tries, owner, request, cancel, ended, … |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
+| relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
 | relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
 
@@ -22,6 +23,7 @@ from arq.constants import job_key_prefix
 
 QUEUE = "relay:queue"
 LEASES = "relay:leases"
+SWEPT = "relay:swept"
 WAKE = "relay:wake"
 CONTROL = "relay:control"
 

@@ -13,7 +13,7 @@ from relay.logs import get_logger
 
 logger = get_logger("listener")
 
-SILENCE_SECONDS = 3.0
+SILENCE_SECONDS = 1.0
 """After this long without a word from Redis it is asked for one; after twice that the connection
 is given up. redis-py sends PING but never misses the answer: half-open would mean for ever."""
 RECONNECT_SECONDS = 0.2
@@ -40,6 +40,8 @@ class Listener:
         self._on_lost = on_lost
         self._pubsub: PubSub | None = None
         self._changing = asyncio.Lock()
+        self.away = False
+        """Whether Redis fell silent or refuses new connections; a cut alone does not say so."""
 
     @property
     def connected(self) -> bool:
@@ -66,8 +68,7 @@ class Listener:
                 async with self._redis.pubsub() as pubsub:
                     try:
                         async with self._changing:
-                            await pubsub.subscribe(*self._channels)
-                            self._pubsub = pubsub
+                            await self._subscribe(pubsub)
                         await self._hear(pubsub)
                     finally:
                         # Before the connection goes back to the pool, or a late subscription
@@ -79,6 +80,15 @@ class Listener:
             finally:
                 self._on_lost()
             await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _subscribe(self, pubsub: PubSub) -> None:
+        try:
+            await pubsub.subscribe(*self._channels)
+        except (RedisError, OSError):
+            self.away = True
+            raise
+        self._pubsub = pubsub
+        self.away = False
 
     async def _hear(self, pubsub: PubSub) -> None:
         heard = time.monotonic()
@@ -93,4 +103,5 @@ class Listener:
             elif time.monotonic() - heard < 2 * SILENCE_SECONDS:
                 await pubsub.ping()
             else:
+                self.away = True
                 raise ConnectionError("Redis has fallen silent")

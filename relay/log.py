@@ -16,6 +16,8 @@ from relay.settings import Settings
 
 JOB = "generate"
 
+Recovery = Literal["restart", "fail"]
+
 GONE = "This stream is gone: it was erased, has expired or was lost."
 
 _PAGE = 2000
@@ -37,7 +39,8 @@ class State(NamedTuple):
     """What the state hash tells of a stream. Times are Redis' clock, Unix milliseconds."""
 
     status: str
-    attempt: int
+    claims: int
+    """How often the job was taken up."""
     created_ms: int
     started_ms: int | None
     ended_ms: int | None
@@ -75,9 +78,17 @@ class Log:
         )
 
     async def create(
-        self, request: dict[str, Any], *, idempotency_key: str = "", digest: str = ""
+        self,
+        request: dict[str, Any],
+        *,
+        recovery: Recovery = "restart",
+        idempotency_key: str = "",
+        digest: str = "",
     ) -> Created:
         """A new stream with its job in the queue, or nothing at all.
+
+        `recovery` says what shall become of it if its worker dies after the first chunk: `restart`
+        begins the answer anew, `fail` ends the stream as interrupted.
 
         Raises QueueFull; IdempotencyConflict if the key came with another body before.
         """
@@ -102,6 +113,7 @@ class Log:
                 digest,
                 self._live_ms + self._retention_ms,
                 keys.state("%s"),
+                recovery,
             ],
         )
         match verdict:
@@ -166,26 +178,38 @@ class Log:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(
                 keys.state(stream_id),
-                ["attempt", "created_ms", "started_ms", "ended_ms", "ended", "owner"],
+                ["claims", "created_ms", "started_ms", "ended_ms", "ended", "owner"],
             )
             pipe.zrank(keys.QUEUE, stream_id)
             pipe.hgetall(keys.viewers(stream_id))
             (
-                (attempt, created, started, ended_ms, ended, owner),
+                (claims, created, started, ended_ms, ended, owner),
                 rank,
                 viewers,
             ) = await pipe.execute()
-        if attempt is None:
+        if claims is None:
             raise StreamGone(GONE)
         return State(
             status=ended.decode() if ended else "running" if owner else "queued",
-            attempt=int(attempt),
+            claims=int(claims),
             created_ms=int(created),
             started_ms=int(started) if started else None,
             ended_ms=int(ended_ms) if ended_ms else None,
             place=None if rank is None else rank + 1,
             viewers={process.decode(): _report(report) for process, report in viewers.items()},
         )
+
+    async def lapsed(self, stream_ids: Sequence[str]) -> set[str]:
+        """Those of these streams whose worker let its lease lapse, and which no sweep found yet."""
+        if not stream_ids:
+            return set()
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.zmscore(keys.LEASES, list(stream_ids))
+            (seconds, micros), until = await pipe.execute()
+        now_ms = seconds * 1000 + micros / 1000
+        leases = zip(stream_ids, until, strict=True)
+        return {each for each, end_ms in leases if end_ms is not None and end_ms < now_ms}
 
     async def remaining_ms(self, stream_id: str) -> int:
         """How long the log will still be readable, in ms; negative if it is gone."""

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
 
     heartbeat_seconds: Seconds = Field(15.0, validation_alias="RELAY_HEARTBEAT_SECONDS")
     write_seconds: Seconds = Field(30.0, validation_alias="RELAY_WRITE_SECONDS")
+    drain_seconds: float = Field(
+        3.0, ge=0, allow_inf_nan=False, validation_alias="RELAY_DRAIN_SECONDS"
+    )
     cache_bytes: int = Field(64 * MIB, ge=0, validation_alias="RELAY_CACHE_BYTES")
     body_bytes: int = Field(MIB, ge=1, validation_alias="RELAY_BODY_BYTES")
 

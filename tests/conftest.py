@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from api.app import create_app
 from api.server import Server, create_server
-from cli.redis_server import RedisServer, find_redis_server
+from cli.redis_server import RedisServer, end_with_parent, find_redis_server
 from emulator.app import Emulator
 from emulator.script import prompt
 from emulator.serve import serve
@@ -55,7 +55,11 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
     server = RedisServer(binary, Path(tmp_path_factory.mktemp("redis")))
     server.open()
-    process = subprocess.Popen(server.argv, pass_fds=server.pass_fds)
+    process = subprocess.Popen(
+        server.argv,
+        pass_fds=server.pass_fds,
+        preexec_fn=end_with_parent(),  # noqa: PLW1509 - before there is any thread
+    )
     try:
         with SyncRedis.from_url(server.url) as redis:
             for _ in range(500):
@@ -83,8 +87,14 @@ def make_log(redis: Redis, **changes: int) -> Log:
 
 
 def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
-    limits = {"lease_ms": 5_000, "live_ms": 60_000, "queue_limit": 100} | changes
-    return Claims(redis, worker, **limits)
+    limits = {
+        "lease_ms": 5_000,
+        "live_ms": 60_000,
+        "retention_ms": 60_000,
+        "queue_limit": 100,
+        "max_attempts": 3,
+    }
+    return Claims(redis, worker, **(limits | changes))
 
 
 @pytest.fixture
@@ -108,16 +118,22 @@ async def emulator_url(emulator: Emulator) -> AsyncIterator[str]:
         yield url
 
 
-@pytest.fixture
-def settings(redis: Redis, redis_server: RedisServer, emulator_url: str) -> Settings:
-    """Those of a stack on the real Redis and the emulated upstream."""
+def stack_settings(redis_url: str, emulator_url: str, **changes: Any) -> Settings:
     return Settings(
-        redis_url=redis_server.url,
+        redis_url=redis_url,
         port=0,
+        drain_seconds=0,
         azure_endpoint=emulator_url,
         azure_key="key",
         azure_deployment="demo",
+        **changes,
     )
+
+
+@pytest.fixture
+def settings(redis: Redis, redis_server: RedisServer, emulator_url: str) -> Settings:
+    """Those of a stack on the real Redis and the emulated upstream."""
+    return stack_settings(redis_server.url, emulator_url)
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:

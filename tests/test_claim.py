@@ -1,20 +1,21 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from cli.redis_server import RedisServer
 from relay import keys
-from relay.claim import Claim, Claims
+from relay.claim import Claim, Claims, Released
 from relay.connection import connect
 from relay.errors import StreamLost
-from relay.events import COMPLETED, STARTED, TEXT, entry
-from relay.log import JOB, Log
-from tests.conftest import make_claims, make_log
+from relay.events import COMPLETED, FAILED, STARTED, TEXT, entry
+from relay.log import JOB, Log, Recovery
+from tests.conftest import make_claims, make_log, until
 
 REQUEST = {"messages": [{"role": "user", "content": "hi"}]}
 BEGIN = [entry(STARTED, {"attempt": 1}), entry(TEXT, "a")]
@@ -36,6 +37,10 @@ async def create_at(redis: Redis, log: Log, *times: int) -> list[str]:
         await set_state(redis, stream_id, "created_ms", time)
         await redis.zadd(keys.QUEUE, {stream_id: time})
     return ids
+
+
+async def tries(redis: Any, stream_id: str) -> int:
+    return int(await redis.hget(keys.state(stream_id), "tries"))
 
 
 async def lapse(redis: Redis, claim: Claim) -> None:
@@ -65,9 +70,8 @@ async def test_the_leases_of_thousands_are_renewed_in_one_call(redis: Redis) -> 
 async def test_a_claim_carries_the_request_and_arqs_job(log: Log, claims: Claims) -> None:
     [stream_id] = await create(log)
     [claim] = await claims.claim(5)
-    assert (claim.stream_id, claim.attempt, claim.tries) == (stream_id, 1, 1)
-    assert claim.request == REQUEST
-    assert not claim.cancel_asked
+    assert (claim.stream_id, claim.ordinal) == (stream_id, 1)
+    assert json.loads(claim.request) == REQUEST
     job = json.loads(claim.job)
     assert (job["f"], job["a"], job["k"]) == (JOB, [stream_id], {})
 
@@ -107,15 +111,33 @@ async def test_no_two_claims_have_one_owner_and_stream(
     assert len(owners) == 3
 
 
-async def test_attempt_numbers_rise_and_tries_count(redis: Redis, log: Log, claims: Claims) -> None:
+async def test_attempt_numbers_rise_and_claims_are_counted(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
     await create(log)
     seen = []
     for _ in range(3):
         [claim] = await claims.claim(1)
-        seen.append((claim.attempt, claim.tries))
-        await lapse(redis, claim)
-        await claims.sweep()
-    assert seen == [(1, 1), (2, 2), (3, 3)]
+        seen.append((claim.attempt, claim.ordinal))
+        await claims.hand_over(claim)
+    attempts, ordinals = zip(*seen, strict=True)
+    assert ordinals == (1, 2, 3)
+    assert sorted(set(attempts)) == list(attempts)
+
+
+async def test_an_attempt_number_is_not_handed_out_again_though_redis_forgot_it(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    [stream_id] = await create(log)
+    [first] = await claims.claim(1)
+    await redis.zrem(keys.LEASES, stream_id)
+    await set_state(redis, stream_id, "attempt", 0)
+    await redis.zadd(keys.QUEUE, {stream_id: 1})
+    # Redis does not come back from such a loss within a tenth of a second.
+    born = int((await log.state(stream_id)).created_ms)
+    await set_state(redis, stream_id, "created_ms", born - 100)
+    [second] = await claims.claim(1)
+    assert second.attempt > first.attempt
 
 
 async def test_a_lease_ends_when_its_time_is_up_by_redis_clock(redis: Redis, log: Log) -> None:
@@ -156,7 +178,7 @@ async def test_each_renewal_has_its_own_verdict(redis: Redis, log: Log) -> None:
     await create(log, 6)
     held, cancel, ended, erased, handed, taken = await claims.claim(6)
     await log.cancel(cancel.stream_id)
-    await log.append(ended.stream_id, 1, ended.owner, 0, BEGIN + END)
+    await log.append(ended.stream_id, ended.attempt, ended.owner, 0, BEGIN + END)
     await log.erase(erased.stream_id)
     await claims.hand_over(taken)
     [again] = await other.claim(1)
@@ -180,7 +202,7 @@ async def test_who_lost_a_job_can_neither_renew_nor_write_nor_hand_over(
     [stream_id] = await create(log)
     [lost] = await one.claim(1)
     await lapse(redis, lost)
-    assert await two.sweep() == [stream_id]
+    assert await two.sweep() == [(stream_id, "")]
     assert await one.renew([lost]) == ["lost"]
     [held] = await two.claim(1)
     until = await redis.zscore(keys.LEASES, stream_id)
@@ -205,7 +227,7 @@ async def test_a_lapsed_lease_is_swept_back_to_its_old_place(
     [claim] = await claims.claim(1)
     assert await claims.sweep() == []
     await lapse(redis, claim)
-    assert await claims.sweep() == [first]
+    assert await claims.sweep() == [(first, "")]
     assert await places(redis) == ([first, second], [])
     assert await claims.sweep() == []
 
@@ -215,7 +237,7 @@ async def test_all_that_lapsed_is_swept_in_time(redis: Redis, log: Log) -> None:
     ids = await create(log, 250)
     for claim in await claims.claim(300):
         await lapse(redis, claim)
-    swept = [stream_id for _ in range(3) for stream_id in await claims.sweep()]
+    swept = [stream_id for _ in range(3) for stream_id, _ in await claims.sweep()]
     assert sorted(swept) == sorted(ids)
 
 
@@ -227,7 +249,8 @@ async def test_a_hand_over_costs_no_try_and_keeps_the_place(
     await claims.hand_over(claim)
     assert await places(redis) == ([first, second], [])
     [again] = await claims.claim(1)
-    assert (again.stream_id, again.attempt, again.tries) == (first, 2, 1)
+    assert (again.stream_id, again.ordinal) == (first, 2)
+    assert await tries(redis, first) == 1
 
 
 async def test_to_hand_over_twice_changes_nothing(redis: Redis, log: Log, claims: Claims) -> None:
@@ -236,8 +259,8 @@ async def test_to_hand_over_twice_changes_nothing(redis: Redis, log: Log, claims
     await claims.hand_over(claim)
     await claims.hand_over(claim)
     assert await places(redis) == ([stream_id], [])
-    [again] = await claims.claim(1)
-    assert (again.attempt, again.tries) == (2, 1)
+    await claims.claim(1)
+    assert await tries(redis, stream_id) == 1
 
 
 async def test_what_has_ended_is_neither_handed_over_nor_swept(
@@ -245,7 +268,7 @@ async def test_what_has_ended_is_neither_handed_over_nor_swept(
 ) -> None:
     await create(log)
     [claim] = await claims.claim(1)
-    await log.append(claim.stream_id, 1, claim.owner, 0, BEGIN + END)
+    await log.append(claim.stream_id, claim.attempt, claim.owner, 0, BEGIN + END)
     await claims.hand_over(claim)
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
     assert await claims.sweep() == []
@@ -292,6 +315,147 @@ async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
         await redis.pexpire(key, 10_000)
     await write(log, claim)
     assert await redis.pttl(keys.job(stream_id)) >= await redis.pttl(keys.state(stream_id)) - 1_000
+
+
+async def begun(log: Log, claims: Claims, recovery: Recovery) -> Claim:
+    """A claim that has written, so that viewers know of it."""
+    await log.create(REQUEST, recovery=recovery)
+    [claim] = await claims.claim(1)
+    await write(log, claim)
+    return claim
+
+
+async def test_what_must_not_begin_anew_ends_as_interrupted_when_its_worker_dies(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    claim = await begun(log, claims, "fail")
+    await lapse(redis, claim)
+    assert await claims.sweep() == [(claim.stream_id, FAILED)]
+    end = (await log.read(claim.stream_id))[-1]
+    assert (end.kind, end.value()["code"]) == (FAILED, "interrupted")
+    assert await places(redis) == ([], [])
+
+
+async def test_what_must_not_begin_anew_ends_as_interrupted_when_it_is_handed_over(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    claim = await begun(log, claims, "fail")
+    await claims.hand_over(claim)
+    assert (await log.read(claim.stream_id))[-1].value()["code"] == "interrupted"
+    assert await places(redis) == ([], [])
+
+
+async def test_what_has_not_begun_is_begun_by_another_whatever_was_asked(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    """Nobody has seen anything of it yet."""
+    await log.create(REQUEST, recovery="fail")
+    [claim] = await claims.claim(1)
+    await lapse(redis, claim)
+    assert await claims.sweep() == [(claim.stream_id, "")]
+
+
+async def test_what_was_tried_often_enough_ends_as_interrupted(redis: Redis, log: Log) -> None:
+    claims = make_claims(redis, max_attempts=2)
+    [stream_id] = await create(log)
+    for end in ("", FAILED):
+        [claim] = await claims.claim(1)
+        await lapse(redis, claim)
+        assert await claims.sweep() == [(stream_id, end)]
+        with pytest.raises(StreamLost):
+            await write(log, claim)
+    assert await log.cancel(stream_id) == FAILED
+
+
+async def test_an_outage_of_redis_costs_nobody_a_lease(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    """In it nobody could renew, so nobody is swept before there was time to."""
+    await create(log)
+    [claim] = await claims.claim(1)
+    assert await claims.sweep() == []
+    await lapse(redis, claim)
+    await swept_ago(redis, 2_600)
+    assert await claims.sweep() == []
+    assert await claims.renew([claim]) == ["held"]
+
+
+async def test_who_died_in_an_outage_of_redis_is_swept_a_lease_after_it(
+    redis: Redis, log: Log
+) -> None:
+    claims = make_claims(redis, lease_ms=100)
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    await lapse(redis, claim)
+    await swept_ago(redis, 60)
+    swept: list[Released] = []
+
+    async def found() -> bool:
+        swept.extend(await claims.sweep())
+        return bool(swept)
+
+    await until(found)
+    assert swept == [(stream_id, "")]
+
+
+async def swept_ago(redis: Redis, milliseconds: int) -> None:
+    seconds, micros = await redis.time()
+    await redis.set(keys.SWEPT, seconds * 1000 + micros // 1000 - milliseconds)
+
+
+# A full memory.
+
+
+@pytest.fixture
+async def full(redis: Redis) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """Call it to fill Redis' memory; it is empty again after the test."""
+
+    async def fill() -> None:
+        await redis.config_set("maxmemory", 1)
+
+    yield fill
+    await redis.config_set("maxmemory", 0)
+
+
+async def test_with_its_memory_full_redis_still_renews_leases(
+    redis: Redis, log: Log, claims: Claims, full: Callable[[], Awaitable[Any]]
+) -> None:
+    await create(log)
+    [claim] = await claims.claim(1)
+    await lapse(redis, claim)
+    await full()
+    assert await claims.renew([claim]) == ["held"]
+    [(_, until)] = await redis.zrange(keys.LEASES, 0, -1, withscores=True)
+    assert until > 1
+
+
+async def test_with_its_memory_full_redis_takes_an_append_whole_or_not_at_all(
+    redis: Redis, log: Log, claims: Claims, full: Callable[[], Awaitable[Any]]
+) -> None:
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    await full()
+    with pytest.raises(RedisError, match="maxmemory"):
+        await write(log, claim)
+    with pytest.raises(RedisError, match="maxmemory"):
+        await create(log)
+    await redis.config_set("maxmemory", 0)
+    assert len(await log.read(stream_id)) == 1
+    await write(log, claim)
+    assert await places(redis) == ([], [stream_id])
+
+
+async def test_with_its_memory_full_redis_loses_no_job_that_is_let_go(
+    redis: Redis, log: Log, claims: Claims, full: Callable[[], Awaitable[Any]]
+) -> None:
+    ids = await create(log, 2)
+    first, second = await claims.claim(2)
+    await full()
+    await claims.hand_over(first)
+    assert await log.cancel(first.stream_id) == "cancelled"
+    assert await log.cancel(second.stream_id) == "cancelling"
+    assert await places(redis) == ([], [second.stream_id])
+    assert set(ids) == {first.stream_id, second.stream_id}
 
 
 # Waking.

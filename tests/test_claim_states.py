@@ -24,10 +24,13 @@ from relay import keys
 from relay.claim import Claim
 from relay.errors import StreamGone, StreamLost
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Entry, Event, entry
+from relay.log import Recovery
 from tests.conftest import make_claims, make_log
 
 T = TypeVar("T")
 LEASE_MS = 5_000
+MAX_ATTEMPTS = 2
+RECOVERIES: tuple[Recovery, ...] = ("restart", "fail")
 WORKERS = ("one", "two", "three")
 
 
@@ -35,13 +38,17 @@ WORKERS = ("one", "two", "three")
 class Expected:
     """What a stream must be like, told without Redis."""
 
+    recovery: Recovery = "restart"
     attempt: int = 0
     tries: int = 0
+    begun: bool = False
+    """Whether the newest claim has written anything, so that viewers know of it."""
     holder: Claim | None = None
     until_ms: int = 0
     cancel_asked: bool = False
     ended: str = ""
     erased: bool = False
+    expired: bool = False
     kinds: list[str] = field(default_factory=lambda: ["queued"])
 
     @property
@@ -50,6 +57,19 @@ class Expected:
 
     def end(self, kind: str) -> None:
         self.ended, self.holder = kind, None
+
+    def let_go(self) -> str:
+        """What becomes of it when its claim ends; the kind of its end, or nothing."""
+        self.holder = None
+        if self.cancel_asked:
+            kind = CANCELLED
+        elif self.tries >= MAX_ATTEMPTS or (self.recovery == "fail" and self.begun):
+            kind = FAILED
+        else:
+            return ""
+        self.kinds.append(kind)
+        self.end(kind)
+        return kind
 
 
 @dataclass(eq=False)
@@ -82,9 +102,17 @@ class Streams(RuleBasedStateMachine):
         self.redis = FakeAsyncRedis()
         self.log = make_log(self.redis, live_ms=10**9, retention_ms=10**9)
         self.claims = {
-            worker: make_claims(self.redis, worker, lease_ms=LEASE_MS, live_ms=10**9)
+            worker: make_claims(
+                self.redis,
+                worker,
+                lease_ms=LEASE_MS,
+                live_ms=10**9,
+                retention_ms=10**9,
+                max_attempts=MAX_ATTEMPTS,
+            )
             for worker in WORKERS
         }
+        self.swept_ms: int | None = None
         self.expected: dict[str, Expected] = {}
 
     def teardown(self) -> None:
@@ -101,11 +129,11 @@ class Streams(RuleBasedStateMachine):
     async def _places(self) -> list[set[bytes]]:
         return [set(await self.redis.zrange(key, 0, -1)) for key in (keys.QUEUE, keys.LEASES)]
 
-    @rule(target=streams)
-    def create(self) -> str:
+    @rule(target=streams, recovery=st.sampled_from(RECOVERIES))
+    def create(self, recovery: Recovery) -> str:
         self.now_ms += 1  # Within one millisecond the order of the queue is that of the random ids.
-        stream_id = self.run(self.log.create({})).stream_id
-        self.expected[stream_id] = Expected()
+        stream_id = self.run(self.log.create({}, recovery=recovery)).stream_id
+        self.expected[stream_id] = Expected(recovery)
         return stream_id
 
     @rule(target=writers, worker=st.sampled_from(WORKERS), want=st.integers(1, 2))
@@ -119,10 +147,10 @@ class Streams(RuleBasedStateMachine):
         stream = self.expected[claim.stream_id]
         assert stream.open
         assert stream.holder is None
-        stream.attempt += 1
         stream.tries += 1
-        assert (claim.attempt, claim.tries) == (stream.attempt, stream.tries)
-        assert claim.cancel_asked == stream.cancel_asked
+        assert claim.attempt > stream.attempt
+        stream.attempt, stream.begun = claim.attempt, False
+        assert not stream.cancel_asked
         stream.holder, stream.until_ms = claim, self.now_ms + LEASE_MS
         return Writer(worker, claim, [entry(STARTED, {"owner": claim.owner})])
 
@@ -154,6 +182,7 @@ class Streams(RuleBasedStateMachine):
         assert appended.next_seq == len(writer.entries)
         if stream.holder is claim:
             assert appended.cancel_asked == stream.cancel_asked
+            stream.begun = True
             stream.kinds += [kind for kind, _ in writer.entries[writer.sent :]]
             writer.sent = len(writer.entries)
             if batch[-1].kind in (COMPLETED, FAILED, CANCELLED):
@@ -173,23 +202,54 @@ class Streams(RuleBasedStateMachine):
         stream = self.expected[writer.claim.stream_id]
         self.run(self.claims[writer.worker].hand_over(writer.claim))
         if stream.holder is writer.claim:
-            stream.holder = None
             stream.tries -= 1
+            stream.let_go()
+
+    @rule(stream_id=streams)
+    def forget_the_claim(self, stream_id: str) -> None:
+        """Redis comes back without what came after the job was queued."""
+        stream = self.expected[stream_id]
+        if not stream.holder or len(stream.kinds) > 1:
+            return
+        self.run(self._forget(stream_id))
+        stream.holder, stream.cancel_asked, stream.begun = None, False, False
+        stream.tries -= 1
+        self.now_ms += 100  # It takes longer than that to come back.
+
+    async def _remove(self, *names: str) -> None:
+        await self.redis.delete(*names)
+
+    async def _forget(self, stream_id: str) -> None:
+        redis: Any = self.redis
+        state = keys.state(stream_id)
+        born_ms = float(await redis.hget(state, "created_ms"))
+        await redis.hset(state, mapping={"attempt": 0, "next": 2})
+        await redis.hincrby(state, "tries", -1)
+        await redis.hdel(state, "owner", "cancel")
+        await redis.zrem(keys.LEASES, stream_id)
+        await redis.zadd(keys.QUEUE, {stream_id: born_ms})
 
     @rule(seconds=st.integers(1, 6))
     def turn_the_clock(self, seconds: int) -> None:
         self.now_ms += seconds * 1000
 
     @rule(worker=st.sampled_from(WORKERS))
+    def wait_beyond_the_lease(self, worker: str) -> None:
+        """While sweeps go on, as they do as long as one worker lives."""
+        for _ in range(3):
+            self.now_ms += 2_000
+            self.sweep(worker)
+
+    @rule(worker=st.sampled_from(WORKERS))
     def sweep(self, worker: str) -> None:
-        lapsed = {
-            stream_id
-            for stream_id, stream in self.expected.items()
-            if stream.holder and stream.until_ms <= self.now_ms
-        }
-        assert set(self.run(self.claims[worker].sweep())) == lapsed
-        for stream_id in lapsed:
-            self.expected[stream_id].holder = None
+        held = {id_: each for id_, each in self.expected.items() if each.holder}
+        if self.swept_ms is not None and self.now_ms - self.swept_ms > LEASE_MS / 2:
+            for stream in held.values():  # Perhaps nobody could renew.
+                stream.until_ms = self.now_ms + LEASE_MS
+        self.swept_ms = self.now_ms
+        lapsed = {id_: each for id_, each in held.items() if each.until_ms <= self.now_ms}
+        swept = self.run(self.claims[worker].sweep())
+        assert dict(swept) == {id_: each.let_go() for id_, each in lapsed.items()}
 
     @rule(stream_id=streams)
     def cancel(self, stream_id: str) -> None:
@@ -215,6 +275,15 @@ class Streams(RuleBasedStateMachine):
             self.run(self.log.erase(stream_id))
         stream.erased, stream.holder = True, None
 
+    @precondition(lambda self: len(self.expected) > 2)
+    @rule(stream_id=streams)
+    def expire(self, stream_id: str) -> None:
+        """Its ids stay behind in the queue or the leases, where nothing expires."""
+        self.run(self._remove(keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)))
+        stream = self.expected[stream_id]
+        stream.expired = stream.expired or not stream.erased
+        stream.erased, stream.holder = True, None
+
     @invariant()
     def each_log_is_dense_and_has_one_writer_an_attempt_and_at_most_one_end(self) -> None:
         for stream_id, stream in self.expected.items():
@@ -223,7 +292,8 @@ class Streams(RuleBasedStateMachine):
             events = self.run(self.log.read(stream_id))
             assert [event.kind for event in events] == stream.kinds
             for event, following in pairwise(events):
-                assert event.cursor.leads_to(following.cursor)
+                new_start = following.kind == STARTED or following.terminal
+                assert event.cursor.leads_to(following.cursor, new_start=new_start)
                 assert not event.terminal
             assert events[-1].terminal == bool(stream.ended)
             writers = {
@@ -234,15 +304,17 @@ class Streams(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_of_what_was_erased(self) -> None:
         left = self.run(self._keys())
-        assert not [each for id_, each in self.expected.items() if each.erased and id_ in left]
+        assert not [id_ for id_, each in self.expected.items() if each.erased and id_ in left]
 
     @invariant()
     def each_open_stream_is_in_the_queue_or_in_the_leases(self) -> None:
         queue, leases = self.run(self._places())
         streams = {stream_id.encode(): stream for stream_id, stream in self.expected.items()}
-        assert queue == {id_ for id_, each in streams.items() if each.open and not each.holder}
-        assert leases == {id_ for id_, each in streams.items() if each.open and each.holder}
+        expired = {id_ for id_, each in streams.items() if each.expired}
+        waiting = {id_ for id_, each in streams.items() if each.open and not each.holder}
+        assert queue - expired == waiting
+        assert leases - expired == {id_ for id_, each in streams.items() if each.open} - waiting
 
 
-Streams.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+Streams.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_any_order_of_events_keeps_the_promises = Streams.TestCase

@@ -204,6 +204,33 @@ async def test_raw_chunks_arrive_as_they_stand(azure: AsyncAzureOpenAI, emulator
     assert (await emulator.request(0)).sent == 2
 
 
+async def test_labels_say_which_request_each_piece_answers_also_after_a_refused_one(
+    azure: AsyncAzureOpenAI, emulator: Emulator
+) -> None:
+    script = prompt(chunks=3, label=True, key="k", status=503, status_times=1)
+    with pytest.raises(InternalServerError):
+        await ask(azure, script)
+    assert text_of(await ask(azure, script)) == "2.0 2.1 2.2 "
+    assert text_of(await ask(azure, script)) == "3.0 3.1 3.2 "
+    assert [(record.number, record.key) for record in emulator.requests] == [
+        (1, "k"),
+        (2, "k"),
+        (3, "k"),
+    ]
+
+
+async def test_the_journal_forgets_its_oldest_requests_but_not_how_many_there_were() -> None:
+    async with (
+        serve(Emulator(journal=2)) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
+        httpx2.AsyncClient() as http,
+    ):
+        for _ in range(3):
+            await ask(client, prompt(chunks=1))
+        journal = (await http.get(f"{url}/emulator/requests")).json()
+    assert [entry["number"] for entry in journal] == [2, 3]
+
+
 async def test_stamps_are_numbered_and_taken_after_the_pause(azure: AsyncAzureOpenAI) -> None:
     before = time.monotonic_ns()
     chunks = await ask(azure, prompt(chunks=4, stamp=True, delay_ms=20))
@@ -459,11 +486,14 @@ async def test_a_missing_version_is_the_not_found_of_the_sdk(url: str) -> None:
 async def test_the_journal_can_be_read_over_http_without_headers(
     azure: AsyncAzureOpenAI, emulator: Emulator, url: str
 ) -> None:
-    await ask(azure, prompt(chunks=2))
+    await ask(azure, prompt(chunks=2, key="k"))
     await (await emulator.request(0)).over.wait()
     async with httpx2.AsyncClient() as client:
         (entry,) = (await client.get(f"{url}/emulator/requests")).json()
-    assert sorted(entry) == ["body", "ended", "outcome", "path", "sent", "started"]
+    assert sorted(entry) == [
+        *("body", "ended", "key", "number", "outcome", "path", "sent", "started")
+    ]
+    assert (entry["number"], entry["key"]) == (1, "k")
     assert (entry["sent"], entry["outcome"]) == (2, "completed")
     assert entry["path"] == "/openai/deployments/gpt/chat/completions"
 

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import socket
 import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import httpx2
@@ -159,6 +160,19 @@ async def test_the_answer_outlives_the_connection_that_asked_for_it(
     assert emulator.total == 1
 
 
+async def until_broken_off(
+    arriving: AsyncIterator[httpx2.ServerSentEvent],
+) -> list[httpx2.ServerSentEvent]:
+    """What still came on a connection that did not get its proper end."""
+    events = []
+    try:
+        async for event in arriving:
+            events.append(event)
+    except httpx2.RemoteProtocolError:
+        return events
+    pytest.fail("It ended as if that had been all.")
+
+
 async def test_viewers_live_through_a_restart_of_the_api(settings: Settings) -> None:
     async with running_worker(settings), AsyncExitStack() as viewer:
         async with running_api(settings) as http:
@@ -168,7 +182,7 @@ async def test_viewers_live_through_a_restart_of_the_api(settings: Settings) -> 
             source = await viewer.enter_async_context(own.sse(path))
             arriving = aiter(source)
             seen = [await anext(arriving) for _ in range(5)]
-        seen += [event async for event in arriving]
+        seen += await until_broken_off(arriving)
         assert "completed" not in {event.event for event in seen}
         cursor = next(event.id for event in reversed(seen) if event.data)
         async with running_api(settings) as http:
@@ -359,8 +373,7 @@ async def test_a_worker_that_shuts_down_hands_its_job_over_and_texts_are_never_m
             await until_text(http, stream_id, "5 ")
         async with running_worker(settings):
             events = await watching
-    attempts = [event.id for event in events if event.event == "started"]
-    assert attempts == ["1-0", "2-0"]
+    assert [event.event for event in events].count("started") == 2
     assert text_of(events) == FIFTY
 
 

@@ -102,7 +102,7 @@ def test_cursors_are_ordered_as_numbers_first_by_attempt() -> None:
 def test_a_cursor_leads_to_the_next_seq_or_the_start_of_a_later_attempt(
     cursor: str, following: str, leads: bool
 ) -> None:
-    assert Cursor.parse(cursor).leads_to(Cursor.parse(following)) is leads
+    assert Cursor.parse(cursor).leads_to(Cursor.parse(following), new_start=True) is leads
 
 
 KINDS = st.sampled_from([STARTED, TEXT, WHOLE, FAILED])

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from api.feed import FRAMES_AT_ONCE, Feed
+from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed
 from relay.errors import StreamGone
-from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Event
+from relay.events import COMPLETED, FAILED, QUEUED, STARTED, TEXT, Cursor, Event
 
 
 def event(cursor: str, kind: str = TEXT, data: bytes = b'"x"') -> Event:
@@ -20,7 +20,7 @@ SECOND = event("2-0", STARTED, b"{}")
 
 def feed_of(*events: Event) -> Feed:
     feed = Feed("id")
-    assert feed.add(list(events))
+    assert feed.add(list(events), read=True)
     return feed
 
 
@@ -39,6 +39,15 @@ def test_nothing_is_taken_from_a_gap_on(missing: str) -> None:
     feed = feed_of(QUEUE, FIRST, event("1-1"))
     assert not feed.add([event(missing), event("1-2")])
     assert ids(feed)[-1] == "1-1"
+
+
+def test_an_end_that_no_worker_wrote_waits_for_what_may_stand_before_it() -> None:
+    """It stands in an attempt of its own, so its id does not show whether anything is missing."""
+    feed = feed_of(QUEUE, FIRST, event("1-1"))
+    end = event("2-0", FAILED, b"{}")
+    assert not feed.add([end])
+    assert feed.add([event("1-2"), end], read=True)
+    assert ids(feed) == ["0-1", "1-0", "1-1", "1-2", "2-0"]
 
 
 def test_a_log_begins_with_its_first_entry() -> None:
@@ -112,6 +121,27 @@ def test_each_event_is_encoded_once_per_wire() -> None:
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:
     feed = feed_of(QUEUE, FIRST, *(event(f"1-{n}") for n in range(1, 3 * FRAMES_AT_ONCE)))
     assert len(feed.frames(lambda event: event.data, 0)) == FRAMES_AT_ONCE
+
+
+def test_a_viewer_takes_a_bounded_number_of_bytes_at_once_and_always_one_frame() -> None:
+    sizes = [BYTES_AT_ONCE // 2, BYTES_AT_ONCE // 2, 1, 3 * BYTES_AT_ONCE, BYTES_AT_ONCE, 1]
+    texts = [event(f"1-{n}", data=b"x" * size) for n, size in enumerate(sizes, 1)]
+    feed = feed_of(QUEUE, FIRST, *texts)
+    index, writes = 2, []
+    while frames := feed.frames(lambda event: event.data, index):
+        writes.append([len(frame) for frame in frames])
+        index += len(frames)
+    assert writes == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:5], sizes[5:]]
+
+
+async def test_a_notice_is_news() -> None:
+    feed = feed_of(QUEUE)
+    left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(feed.changed(60, unless=left))
+    await asyncio.sleep(0)
+    feed.notice(b"Redis is away")
+    assert await waiting
+    assert feed.notices == [b"Redis is away"]
 
 
 async def test_waiting_ends_by_news_by_time_and_by_leaving() -> None:

@@ -277,6 +277,7 @@ def test_without_an_upstream_the_workers_get_the_demo_upstream(tmp_path: Path) -
     assert worker.env["REDIS_URL"] == api.env["REDIS_URL"] == redis.url
     assert api.env["RELAY_PORT"] == "8123"
     assert worker.env["RELAY_GRACE_SECONDS"] == "2"
+    assert api.env["RELAY_DRAIN_SECONDS"] == "0"
 
 
 @pytest.mark.usefixtures("bare")
@@ -286,10 +287,12 @@ def test_what_the_user_has_is_used_instead_of_starting_it(monkeypatch: pytest.Mo
     monkeypatch.setenv("OPENAI_MODEL", "model")
     monkeypatch.setenv("RELAY_WORKERS", "2")
     monkeypatch.setenv("RELAY_GRACE_SECONDS", "9")
+    monkeypatch.setenv("RELAY_DRAIN_SECONDS", "8")
     children = plan(load_settings(), 8123, None)
     assert [child.name for child in children] == ["worker 1", "worker 2", "api"]
     assert {child.env["REDIS_URL"] for child in children} == {"redis://elsewhere"}
     assert {child.env["RELAY_GRACE_SECONDS"] for child in children} == {"9"}
+    assert {child.env["RELAY_DRAIN_SECONDS"] for child in children} == {"8"}
     assert not any("AZURE_OPENAI_ENDPOINT" in child.env for child in children)
 
 

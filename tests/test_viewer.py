@@ -6,10 +6,11 @@ import tracemalloc
 
 import pytest
 from redis.asyncio import Redis
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.feed import FRAMES_AT_ONCE, Feed
 from api.hub import Hub
-from api.viewer import TextViewer, Viewer
+from api.viewer import CONNECTION, TextViewer, Viewer
 from relay.errors import StreamGone
 from relay.events import (
     CANCELLED,
@@ -47,7 +48,7 @@ class Log:
 
     def add(self, *entries: Entry) -> None:
         for kind, data in entries:
-            self.feed.add([Event(Cursor(self._attempt, self._seq), kind, data)])
+            self.feed.add([Event(Cursor(self._attempt, self._seq), kind, data)], read=True)
             self._seq += 1
 
     def begin_anew(self) -> None:
@@ -60,7 +61,12 @@ def text(*texts: str) -> list[Entry]:
 
 
 def viewer(
-    hub: Hub, log: Log, *, heartbeat_seconds: float = 60, write_seconds: float = 60
+    hub: Hub,
+    log: Log,
+    *,
+    heartbeat_seconds: float = 60,
+    write_seconds: float = 60,
+    drain_seconds: float = 0,
 ) -> Viewer:
     return Viewer(
         hub,
@@ -68,11 +74,23 @@ def viewer(
         None,
         heartbeat_seconds=heartbeat_seconds,
         write_seconds=write_seconds,
+        drain_seconds=drain_seconds,
     )
 
 
-def text_viewer(hub: Hub, log: Log) -> TextViewer:
-    return TextViewer(hub, log.feed, None, heartbeat_seconds=60, write_seconds=60)
+def text_viewer(hub: Hub, log: Log, *, drain_seconds: float = 0) -> TextViewer:
+    return TextViewer(
+        hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, drain_seconds=drain_seconds
+    )
+
+
+def offered(app: ASGIApp, **offer: object) -> ASGIApp:
+    """The application as our own server runs it, with what that one offers."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "extensions": {CONNECTION: offer}}, receive, send)
+
+    return run
 
 
 async def test_what_came_since_the_last_write_goes_out_as_one(hub: Hub) -> None:
@@ -181,18 +199,177 @@ async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:
             await left.wait()
 
 
-async def test_a_draining_process_lets_its_viewers_go_without_an_end(hub: Hub) -> None:
+async def test_only_a_write_that_takes_too_long_aborts_the_connection(hub: Hub) -> None:
+    aborted = asyncio.Event()
+    for stuck in (False, True):
+        log = Log()
+        log.add(STARTS)
+        watching = viewer(hub, log, write_seconds=0.05 if stuck else 60)
+        async with viewing(offered(watching, abort=aborted.set)) as taker:
+            await taker.has(b"started")
+            if stuck:
+                taker.reading.clear()
+                log.add(*text("a"))
+                async with asyncio.timeout(5):
+                    await aborted.wait()
+        assert aborted.is_set() == stuck
+
+
+async def test_an_end_that_is_not_taken_aborts_the_connection_too(hub: Hub) -> None:
+    aborted = asyncio.Event()
+    log = Log()
+    log.add(STARTS)
+    watching = viewer(hub, log, write_seconds=0.05)
+
+    async def all_but_the_end(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stuck_at_the_end(message: Message) -> None:
+            if message.get("more_body") is False:
+                await asyncio.Event().wait()
+            await send(message)
+
+        await offered(watching, abort=aborted.set)(scope, receive, stuck_at_the_end)
+
+    async with viewing(all_but_the_end), asyncio.timeout(5):
+        log.add(ENDS)
+        await aborted.wait()
+
+
+# A process that drains.
+
+
+async def test_a_draining_process_breaks_its_viewers_off_with_a_time_to_come_back(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
     async with viewing(viewer(hub, log)) as taker:
         await taker.has(b"started")
         hub.draining = True
         log.feed.wake()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert not taker.ended
+    assert 500 <= int(taker.body.split(b"retry: ")[2]) <= 3000
+    assert taker.frames[-1].event == "started"
+
+
+async def test_until_it_must_go_a_viewer_is_told_everything_and_an_answer_that_ends_is_whole(
+    hub: Hub,
+) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log, drain_seconds=3600)) as taker:
+        await taker.has(b"started")
+        hub.draining = True
+        log.feed.wake()
+        log.add(*text("a"))
+        await taker.has(b'{"text":"a"}')
+        log.add(ENDS)
+        async with asyncio.timeout(5):
             await asyncio.wait(_others())
         assert taker.ended
-    assert taker.body.count(b"retry: ") == 2
-    assert taker.frames[-1].event == "started"
+    assert taker.body.count(b"retry: ") == 1
+
+
+async def test_an_answer_that_was_taken_whole_ends_cleanly_though_its_viewer_must_go(
+    hub: Hub,
+) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"started")
+        taker.reading.clear()
+        hub.draining = True
+        log.add(ENDS)
+        for _ in range(5):  # Its time to go comes while its last write is not yet taken.
+            await asyncio.sleep(0)
+        taker.reading.set()
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert taker.ended
+
+
+async def test_one_that_comes_to_a_draining_process_is_only_told_when_to_come_back(
+    hub: Hub,
+) -> None:
+    hub.draining = True
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log, drain_seconds=3600)) as taker:
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert (taker.status, taker.ended) == (200, False)
+    assert taker.body.startswith(b"retry: ")
+    assert taker.frames == []
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_one_that_leaves_a_draining_process_has_left_and_one_sent_away_has_not(
+    hub: Hub, leaves: bool
+) -> None:
+    asked: list[str] = []
+
+    async def on_leave() -> None:
+        asked.append("left")
+
+    log = Log()
+    log.add(STARTS)
+    watching = Viewer(
+        hub,
+        log.feed,
+        None,
+        heartbeat_seconds=60,
+        write_seconds=60,
+        drain_seconds=3600 if leaves else 0,
+        on_leave=on_leave,
+    )
+    async with viewing(watching) as taker:
+        await taker.has(b"started")
+        hub.draining = True
+        log.feed.wake()
+        if not leaves:
+            async with asyncio.timeout(5):
+                await asyncio.wait(_others())
+    assert asked == (["left"] if leaves else [])
+
+
+# Notices.
+
+
+async def test_a_notice_is_a_comment_once_for_each_that_is_there_and_no_event(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as one, viewing(viewer(hub, log)) as two:
+        for taker in (one, two):
+            await taker.has(b"started")
+        log.feed.notice(b"Redis is away")
+        for taker in (one, two):
+            await taker.has(b": Redis is away\n\n")
+        async with viewing(viewer(hub, log)) as late:
+            log.add(ENDS)
+            for taker in (one, two, late):
+                await taker.has(b"completed")
+    assert [taker.body.count(b"Redis is away") for taker in (one, two, late)] == [1, 1, 0]
+    assert [frame.event for frame in one.frames] == ["started", "completed"]
+
+
+async def test_a_notice_comes_though_the_cursor_is_not_yet_reached(hub: Hub) -> None:
+    log = Log()
+    ahead = Viewer(hub, log.feed, Cursor(1, 5), heartbeat_seconds=60, write_seconds=60)
+    async with viewing(ahead) as taker:
+        await taker.has(b"retry")
+        log.feed.notice(b"Redis is away")
+        await taker.has(b": Redis is away\n\n")
+
+
+async def test_no_notice_is_mixed_into_text(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("a"))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"a")
+        log.feed.notice(b"Redis is away")
+        await asyncio.sleep(0)
+        log.add(*text("b"), ENDS)
+        await taker.has(b"ab")
+    assert taker.body == b"ab"
 
 
 async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(hub: Hub) -> None:
@@ -309,6 +486,29 @@ async def test_a_stream_gone_or_a_process_draining_before_the_first_text_is_a_pr
     async with viewing(text_viewer(hub, Log())) as taker:
         await taker.has(b"draining")
     assert taker.status == 503
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "body"),
+    [
+        (entry(FAILED, {"code": "content_filter", "message": "m"}), 502, b"content_filter"),
+        (ENDS, 200, b""),
+    ],
+)
+async def test_an_answer_that_ends_while_its_process_drains_is_told_as_it_is(
+    hub: Hub, ending: Entry, status: int, body: bytes
+) -> None:
+    log = Log()
+    async with viewing(text_viewer(hub, log, drain_seconds=3600)) as taker:
+        await asyncio.sleep(0)  # It has come, and waits for the first text.
+        hub.draining = True
+        log.feed.wake()
+        await asyncio.sleep(0)
+        log.add(ending)
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+    assert (taker.status, taker.ended) == (status, True)
+    assert body in taker.body
 
 
 async def test_an_empty_answer_is_an_empty_text(hub: Hub) -> None:

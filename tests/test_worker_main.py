@@ -120,7 +120,7 @@ async def test_a_running_answer_is_finished_within_the_grace(
         code, _ = await ended(process, 5)
     assert code == 0
     assert (await log.state(stream_id)).status == "completed"
-    assert (await log.state(stream_id)).attempt == 1
+    assert (await log.state(stream_id)).claims == 1
 
 
 @pytest.mark.parametrize("grace", ["0", "1"])

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from signal import Signals
 from typing import Any
 
 from arq import Worker
@@ -28,7 +29,7 @@ logger = get_logger("worker")
 
 POLL_SECONDS = 1.0
 """The slow poll behind the wake-up: a token can be lost with the worker that took it."""
-SWEEP_SECONDS = 1.0
+SWEEP_SECONDS = 0.5
 REDIS_RETRY_SECONDS = 0.2
 HEALTH_SECONDS = 10
 
@@ -79,16 +80,29 @@ class ClaimingWorker(Worker):
         self._lease_seconds = lease_seconds
         self._held: dict[str, Job] = {}
         self._slot_free = asyncio.Event()
+        self._intake: asyncio.Task[None] | None = None
+        self._waiting = False
         self._listener = Listener(redis, keys.CONTROL, on_message=self._obey)
 
     async def main(self) -> None:
         logger.info("worker_ready", concurrency=self.max_jobs)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listener.run())
-            group.create_task(self._take_jobs())
+            self._intake = group.create_task(self._take_jobs())
             group.create_task(self._every(self._lease_seconds / 3, self._renew))
-            group.create_task(self._every(SWEEP_SECONDS, self._sweep))
+            sweep_seconds = min(SWEEP_SECONDS, self._lease_seconds / 10)
+            group.create_task(self._every(sweep_seconds, self._sweep))
             group.create_task(self._every(HEALTH_SECONDS, self._report_health))
+
+    def handle_sig_wait_for_completion(self, signum: Signals) -> None:
+        """Take nothing more from this moment on, and let what runs end within the grace."""
+        if not self.allow_pick_jobs:
+            self.handle_sig(signum)  # Whoever asks twice does not want to wait.
+            return
+        super().handle_sig_wait_for_completion(signum)
+        if self._waiting and self._intake is not None:
+            # It would go on waiting for a token, and take it from those who go on.
+            self._intake.cancel()
 
     async def close(self) -> None:
         """Hand over what still runs and let go of everything. Call it when `main` has ended."""
@@ -114,11 +128,14 @@ class ClaimingWorker(Worker):
                 claims = await self._claims.claim(free)
                 for claim in claims:
                     self._begin(claim)
-                if len(claims) < free:
+                if len(claims) < free and self.allow_pick_jobs:
+                    self._waiting = True
                     await self._claims.wake(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
                 logger.warning("claim_failed", error=type(error).__name__)
                 await asyncio.sleep(REDIS_RETRY_SECONDS)
+            finally:
+                self._waiting = False
 
     def _begin(self, claim: Claim) -> None:
         logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt)
@@ -173,8 +190,8 @@ class ClaimingWorker(Worker):
         await self.record_health()
 
     async def _sweep(self) -> None:
-        for stream_id in await self._claims.sweep():
-            logger.warning("lease_lapsed", stream=stream_id)
+        for stream_id, ended in await self._claims.sweep():
+            logger.warning("lease_lapsed", stream=stream_id, ended=ended or None)
 
     def _obey(self, _: str, message: bytes) -> None:
         order, _, stream_id = message.decode().partition(" ")
@@ -188,8 +205,11 @@ class ClaimingWorker(Worker):
 
     async def _every(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
+            pause = seconds
             try:
                 await work()
             except RedisError as error:
                 logger.warning("round_failed", work=work.__name__, error=type(error).__name__)
-            await asyncio.sleep(seconds)
+                # A lease that was not renewed runs on: there is no time to wait out the round.
+                pause = min(seconds, REDIS_RETRY_SECONDS)
+            await asyncio.sleep(pause)

@@ -1,6 +1,7 @@
 """A generation: one attempt at one answer, from the upstream into the log."""
 
 import asyncio
+import json
 from contextlib import aclosing
 from typing import Any
 
@@ -33,18 +34,16 @@ class Generation:
         upstream: Upstream,
         *,
         answer_seconds: float,
-        max_attempts: int,
     ) -> None:
         self._claim = claim
         self._log = log
         self._upstream = upstream
         self._answer_seconds = answer_seconds
-        self._max_attempts = max_attempts
-        self._compactor = Compactor(claim.attempt, upstream.model)
+        self._compactor = Compactor(claim.ordinal, upstream.model)
         self._entries: list[Entry] = []
         self._lined_up = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
-        self._cancel_asked = claim.cancel_asked
+        self._cancel_asked = False
         self._lost = False
 
     async def run(self) -> None:
@@ -78,13 +77,10 @@ class Generation:
         self._lined_up.set()
 
     async def _read(self) -> None:
-        if self._claim.tries > self._max_attempts:
-            raise UpstreamError(
-                "interrupted", "The answer was interrupted too often: ask again.", retryable=True
-            )
+        request = json.loads(self._claim.request)
         async with (
             asyncio.timeout(self._answer_seconds),
-            aclosing(self._upstream.stream(self._claim.request)) as chunks,
+            aclosing(self._upstream.stream(request)) as chunks,
         ):
             async for chunk in chunks:
                 self._line_up(*self._compactor.entries(chunk))

@@ -26,7 +26,6 @@ async def generate(ctx: dict[str, Any], _stream_id: str) -> None:
         ctx["log"],
         ctx["upstream"],
         answer_seconds=settings.answer_seconds,
-        max_attempts=settings.max_attempts,
     )
     job.on_cancel = generation.cancel
     job.on_lost = generation.lose
@@ -38,13 +37,7 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     redis = connect(settings.redis_url)
     log = Log.configured(redis, settings)
-    claims = Claims(
-        redis,
-        name,
-        lease_ms=settings.lease_ms,
-        live_ms=settings.live_ms,
-        queue_limit=settings.queue_limit,
-    )
+    claims = Claims.configured(redis, name, settings)
     return ClaimingWorker(
         [func(generate, name=JOB)],
         redis=redis,

@@ -29,6 +29,11 @@ def encode_gone(error: RelayError) -> bytes:
     return _frame(to_json(value), FAILED, None)
 
 
+def comment(text: bytes) -> bytes:
+    """What is no event; an EventSource passes over it."""
+    return b": %s\n\n" % text
+
+
 def retry(milliseconds: int) -> bytes:
     """How long an EventSource is to wait before it comes back."""
     return b"retry: %d\n\n" % milliseconds

@@ -1,4 +1,7 @@
 -- Stands in front of every script. Key names come from keys.py: `%s` is the stream id.
+--
+-- With its memory full, Redis refuses a script whose first write could grow it, and lets every
+-- script finish that has written before. So what must go on then begins with a write that frees.
 
 local function now_exact_ms()
   local time = redis.call('TIME')
@@ -11,6 +14,14 @@ end
 
 local function keep(ttl_ms, ...)
   for _, key in ipairs({ ... }) do redis.call('PEXPIRE', key, ttl_ms) end
+end
+
+-- The fencing number: above the last, and not below the stream's age in tenths of a second. Redis
+-- may forget a claim when it crashes or fails over; without the age the number would be handed out
+-- again, and a viewer who has events of the first attempt could not tell them from the second's.
+local function next_attempt(state)
+  local s = redis.call('HMGET', state, 'attempt', 'created_ms')
+  return math.max(s[1] + 1, math.floor((now_ms() - s[2]) / 100) + 1)
 end
 
 -- One atom: entries with explicit ids, their publication, and their place noted in the state.
@@ -29,10 +40,19 @@ end
 -- Closure is data: noted with the last append, and everything that is no longer needed goes.
 local function close(id, state, leases, job, kind)
   redis.call('HSET', state, 'ended', kind, 'ended_ms', now_ms())
-  -- The owner stays: it may ask once more whether its last append stands.
   redis.call('HDEL', state, 'request', 'cancel')
   redis.call('ZREM', leases, id)
   redis.call('DEL', job)
+end
+
+-- The terminal event of a stream that nobody writes. It stands in an attempt of its own: that
+-- fences off whoever still believes to own the stream, and reaches viewers who have more of the
+-- last attempt than a Redis that lost its tail.
+local function close_unowned(id, log, state, channel, leases, job, retention_ms, kind, data)
+  redis.call('HDEL', state, 'owner', 'cancel')
+  append(log, state, channel, next_attempt(state), 0, { kind, data })
+  close(id, state, leases, job, kind)
+  keep(retention_ms, log, state)
 end
 
 local function enqueue(queue, wake, id, score, room)

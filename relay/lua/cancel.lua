@@ -5,16 +5,15 @@
 local log, state, channel, leases, job, queue = unpack(KEYS)
 local id, retention_ms, control = unpack(ARGV)
 
-local s = redis.call('HMGET', state, 'attempt', 'next', 'ended')
+local s = redis.call('HMGET', state, 'attempt', 'ended')
 if not s[1] or redis.call('EXISTS', log) == 0 then return false end
-if s[3] then return s[3] end
+if s[2] then return s[2] end
 if redis.call('ZSCORE', leases, id) then
+  redis.call('HDEL', state, 'cancel') -- a full memory must not stop what frees some
   redis.call('HSET', state, 'cancel', 1)
   redis.call('PUBLISH', control, 'cancel ' .. id)
   return 'cancelling'
 end
 redis.call('ZREM', queue, id)
-append(log, state, channel, s[1], tonumber(s[2]), { 'cancelled', '{}' })
-close(id, state, leases, job, 'cancelled')
-keep(retention_ms, log, state)
+close_unowned(id, log, state, channel, leases, job, retention_ms, 'cancelled', '{}')
 return 'cancelled'

@@ -14,8 +14,9 @@ for i = 6, #ARGV, 2 do
   if s[1] ~= owner or s[2] then
     verdicts[#verdicts + 1] = 'lost'
   else
-    redis.call('ZADD', leases, now + lease_ms, id)
+    -- Before the lease: a full memory must not cost the worker its jobs.
     keep(live_ms, string.format(log_of, id), state, string.format(job_of, id))
+    redis.call('ZADD', leases, now + lease_ms, id)
     verdicts[#verdicts + 1] = s[3] and 'cancel' or 'held'
   end
 end

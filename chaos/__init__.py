@@ -1,0 +1,1 @@
+"""The fault run: the real stack as processes, faults, and a checker of what everybody saw."""

@@ -1,0 +1,56 @@
+-- Lets go of claims: of the one that its owner hands over, or of all whose lease has lapsed. Their
+-- jobs go back into the queue; what nobody will finish is ended here.
+-- KEYS: queue, leases, wake, sweep mark
+-- ARGV: log, state, channel and job key pattern, wake limit, retention_ms, lease_ms, max tries,
+--       data of `failed`, then id and owner of the one handed over, or nothing
+-- Returns {id, kind} for each stream let go; kind is that of its terminal event, '' if it waits
+local queue, leases, wake, mark = unpack(KEYS)
+local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tries, interrupted,
+  handed_id, handed_owner = unpack(ARGV)
+local now = now_ms()
+
+-- The time in which nobody swept does not count: Redis was away, and nobody could renew either.
+-- Whoever lives now has one more lease to say so.
+local function sweepable()
+  local last = tonumber(redis.call('GET', mark) or now)
+  redis.call('SET', mark, now)
+  if now - last > lease_ms / 2 then
+    for _, id in ipairs(redis.call('ZRANGE', leases, 0, -1)) do
+      redis.call('ZADD', leases, 'XX', now + lease_ms, id)
+    end
+  end
+  return redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)
+end
+
+local function release(id)
+  local state = string.format(state_of, id)
+  local s = redis.call('HMGET', state, 'created_ms', 'ended', 'cancel', 'recovery', 'next', 'tries')
+  local created_ms, ended, cancel, recovery = unpack(s, 1, 4)
+  redis.call('ZREM', leases, id)
+  if not created_ms or ended then return nil end
+  redis.call('HDEL', state, 'owner')
+  local begun, tries = tonumber(s[5]) > 0, tonumber(s[6])
+  -- A hand-over is no failure of the attempt, so it does not count as a try.
+  if handed_id then tries = redis.call('HINCRBY', state, 'tries', -1) end
+
+  local kind, data
+  if cancel then
+    kind, data = 'cancelled', '{}'
+  elseif tries >= tonumber(max_tries) or (recovery == 'fail' and begun) then
+    kind, data = 'failed', interrupted
+  else
+    enqueue(queue, wake, id, created_ms, room)
+    return { id, '' }
+  end
+  close_unowned(id, string.format(log_of, id), state, string.format(channel_of, id), leases,
+    string.format(job_of, id), retention_ms, kind, data)
+  return { id, kind }
+end
+
+if handed_id then
+  if redis.call('HGET', string.format(state_of, handed_id), 'owner') ~= handed_owner then return {} end
+  return { release(handed_id) }
+end
+local released = {}
+for _, id in ipairs(sweepable()) do released[#released + 1] = release(id) end
+return released

@@ -1,0 +1,457 @@
+"""The server, by real sockets: no connection harms the others or stays for ever."""
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+import api.server
+from api.app import create_app
+from api.server import SEND_BYTES, Connection, Server, create_server
+from cli.redis_server import RedisServer
+from cli.up import free_port, module, module_env
+from relay.settings import MIB, Settings
+from tests.conftest import asking, changed, running_worker, until
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' sockets")
+
+
+class Served:
+    """A running server and how to reach it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.port = int(server.servers[0].sockets[0].getsockname()[1])
+
+    @property
+    def connections(self) -> set[Connection]:
+        return {c for c in self.server.server_state.connections if isinstance(c, Connection)}
+
+    async def gone(self) -> None:
+        """Return when there is no connection in the process any more."""
+
+        async def none() -> bool:
+            return not self.connections
+
+        await until(none, 10)
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Served]:
+    server = create_server(create_app(settings), settings)
+    running = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    try:
+        yield Served(server)
+    finally:
+        server.should_exit = True
+        await running
+
+
+@asynccontextmanager
+async def connected(port: int, **options: int) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def get(path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", "host: x", *headers, "\r\n"]).encode()
+
+
+def post(body: bytes) -> bytes:
+    length = f"content-length: {len(body)}\r\ncontent-type: application/json"
+    return f"POST /chat HTTP/1.1\r\nhost: x\r\n{length}\r\n\r\n".encode() + body
+
+
+async def exchange(port: int, request: bytes) -> bytes:
+    """What the server says to this request, up to the end that it makes."""
+    async with connected(port) as (reader, writer), asyncio.timeout(30):
+        writer.write(request)
+        return await reader.read()
+
+
+async def ask(port: int, **script: object) -> str:
+    request = post(json.dumps(asking(**script)).encode())
+    said = await exchange(port, request.replace(b"host: x", b"host: x\r\nconnection: close"))
+    assert said.startswith(b"HTTP/1.1 202"), said
+    return str(json.loads(said.split(b"\r\n\r\n", 1)[1])["stream_id"])
+
+
+def events(stream_id: str, *headers: str) -> bytes:
+    return get(f"/streams/{stream_id}/events", *headers)
+
+
+def ids(body: bytes) -> list[bytes]:
+    """The cursors of the events that came."""
+    return [line[4:] for line in body.split(b"\n") if line.startswith(b"id: ")]
+
+
+def text_of(body: bytes) -> str:
+    """The text that came, whose answer was completed at the first attempt."""
+    assert body.count(b"event: started") == body.count(b"event: completed") == 1
+    data = [json.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: ")]
+    return "".join(value.get("text", "") for value in data)
+
+
+# Requests that do not come.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(api.server, "BODY_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"GET /healthz HTT",
+        b"GET /healthz HTTP/1.1\r\nhost: x\r\n",
+        post(b'{"messages":[]}')[:-1],
+    ],
+)
+async def test_a_request_that_stays_half_is_answered_408_and_its_connection_closed(
+    settings: Settings, half: bytes
+) -> None:
+    async with serving(settings) as served:
+        said = await exchange(served.port, half)
+        assert said.startswith(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n")
+        await served.gone()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("begin", "drop"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n", b"x-y: z\r\n"),
+        (post(b" " * 1000)[:-1000], b" "),
+        (b"", b"\r\n"),
+    ],
+)
+@pytest.mark.parametrize("kept_alive", [False, True])
+async def test_a_request_that_comes_drop_by_drop_does_not_live_longer_for_that(
+    settings: Settings, begin: bytes, drop: bytes, kept_alive: bool
+) -> None:
+    async with serving(settings) as served, connected(served.port) as (reader, writer):
+        if kept_alive:
+            writer.write(get("/healthz"))
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        writer.write(begin)
+
+        async def drip() -> None:
+            while True:
+                writer.write(drop)
+                await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(4):
+            with suppress(ConnectionResetError):  # What still dripped in was not read any more.
+                await reader.read()
+        dripping.cancel()
+        await served.gone()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_may_follow_late_on_a_kept_connection_but_must_then_come_whole(
+    settings: Settings,
+) -> None:
+    async with serving(settings) as served, connected(served.port) as (reader, writer):
+        for _ in range(2):
+            writer.write(get("/healthz"))
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(2 * api.server.HEAD_SECONDS)
+        writer.write(get("/healthz")[:-2])
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+
+
+async def test_a_body_has_more_time_than_a_head(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.server, "HEAD_SECONDS", 0.1)
+    async with serving(settings) as served, connected(served.port) as (reader, writer):
+        request = post(json.dumps(asking()).encode())
+        writer.write(request[:-1])
+        await asyncio.sleep(3 * api.server.HEAD_SECONDS)
+        writer.write(request[-1:])
+        async with asyncio.timeout(5):
+            assert b" 202 " in await reader.readline()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_viewer_has_no_time_limit_and_no_timer(settings: Settings) -> None:
+    async with (
+        serving(changed(settings, heartbeat_seconds=0.05)) as served,
+        connected(served.port) as (reader, writer),
+    ):
+        writer.write(events(await ask(served.port)))
+        async with asyncio.timeout(10):
+            for _ in range(20):
+                await reader.readuntil(b"\n:\n\n" if _ else b":\n\n")
+        (connection,) = served.connections
+        assert connection._deadline is None
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_that_waits_behind_a_response_is_not_blamed_for_it(
+    settings: Settings,
+) -> None:
+    async with (
+        serving(settings) as served,
+        running_worker(settings),
+        connected(served.port) as (reader, writer),
+    ):
+        stream_id = await ask(served.port, chunks=40, delay_ms=25)
+        second = post(json.dumps(asking(chunks=1)).encode())
+        writer.write(events(stream_id) + second[:-5])
+        async with asyncio.timeout(10):
+            assert b"completed" in await reader.readuntil(b"0\r\n\r\n")
+            writer.write(second[-5:])
+            assert b" 202 " in await reader.readline()
+
+
+# Peers that do not take what they asked for.
+
+
+async def stuck_at(port: int, request: bytes) -> socket.socket:
+    """A client that asks and then never reads."""
+    stuck = socket.socket()
+    stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stuck.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(stuck, ("127.0.0.1", port))
+    await loop.sock_sendall(stuck, request)
+    return stuck
+
+
+async def test_one_of_a_hundred_viewers_never_reads_and_is_gone_while_the_others_get_everything(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel shall not find it first: the viewer itself has to.
+    def bound(peer: socket.socket, write_seconds: float) -> None:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+
+    monkeypatch.setattr(api.server, "_bound", bound)
+    patient = changed(settings, write_seconds=1.0, body_bytes=64 * MIB)
+    async with serving(patient) as served, running_worker(patient):
+        stream_id = await ask(served.port, text=["x" * 20_000] * 100, delay_ms=5)
+        with await stuck_at(served.port, events(stream_id)):
+            request = events(stream_id, "connection: close")
+            others = await asyncio.gather(*(exchange(served.port, request) for _ in range(99)))
+            await served.gone()
+    assert {len(text_of(body)) for body in others} == {2_000_000}
+    assert all(body.endswith(b"0\r\n\r\n") for body in others)
+
+
+@LINUX
+async def test_a_response_whose_rest_is_never_taken_does_not_keep_its_connection(
+    settings: Settings,
+) -> None:
+    """Nothing of ours waits for it any more: it is the kernel that finds it."""
+    settings = changed(settings, write_seconds=1.0, body_bytes=64 * MIB)
+    async with serving(settings) as served, running_worker(settings):
+        stream_id = await ask(served.port, text=["x" * 20_000] * 100)
+        await exchange(served.port, events(stream_id, "connection: close"))
+        request = get(f"/streams/{stream_id}", "connection: close")
+        with await stuck_at(served.port, request):
+
+            async def being_sent() -> bool:
+                return any(c.transport.is_closing() for c in served.connections)
+
+            await until(being_sent)
+            await served.gone()
+
+
+@LINUX
+async def test_the_kernel_is_told_to_find_peers_that_vanished_and_to_hold_little_for_them(
+    settings: Settings,
+) -> None:
+    async with (
+        serving(changed(settings, write_seconds=7.5)) as served,
+        connected(served.port) as (reader, writer),
+    ):
+        writer.write(get("/healthz"))
+        await reader.readuntil(b"}")
+        (connection,) = served.connections
+        peer = connection.transport.get_extra_info("socket")
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7500
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * SEND_BYTES
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@LINUX
+async def test_two_thousand_connections_that_drop_leave_nothing_behind(
+    settings: Settings, redis: Redis
+) -> None:
+    async with serving(settings) as served:
+        stream_id = await ask(served.port)
+        requests = [b"", b"GET / HT", events(stream_id), post(b'{"messages":[]}')[:-1]]
+
+        async def drop(request: bytes) -> None:
+            async with connected(served.port) as (reader, writer):
+                writer.write(request)
+                if request.endswith(b"\r\n\r\n"):
+                    await reader.readuntil(b"queued")
+
+        async def counted() -> tuple[int, int, int]:
+            return open_files(), len(asyncio.all_tasks()), len(await redis.client_list())
+
+        await asyncio.gather(*map(drop, 20 * requests))
+        await served.gone()
+        before = await counted()
+        for _ in range(25):
+            await asyncio.gather(*map(drop, 20 * requests))
+
+        async def as_before() -> bool:
+            files, tasks, clients = (
+                now - then for now, then in zip(await counted(), before, strict=True)
+            )
+            # The crowd may have made the pool open a few more, which it keeps.
+            return (files, tasks) == (clients, 0) and clients <= 3
+
+        await until(as_before, 10)
+
+
+# A deploy.
+
+
+async def last_words(
+    port: int, request: bytes, first: asyncio.Barrier | None = None
+) -> tuple[bytes, float]:
+    """All that a viewer got, and when it came to an end."""
+    async with connected(port) as (reader, writer), asyncio.timeout(30):
+        writer.write(request)
+        body = await reader.readuntil(b"started")
+        if first is not None:
+            await first.wait()
+        return body + await reader.read(), asyncio.get_running_loop().time()
+
+
+async def test_a_deploy_lets_viewers_go_one_by_one_and_another_process_goes_on(
+    settings: Settings,
+) -> None:
+    settings = changed(settings, drain_seconds=1.0)
+    async with AsyncExitStack() as stack:
+        old = await stack.enter_async_context(serving(settings))
+        new = await stack.enter_async_context(serving(settings))
+        await stack.enter_async_context(running_worker(settings))
+        stream_id = await ask(old.port, chunks=60, delay_ms=40)
+        there = asyncio.Barrier(21)
+        request = events(stream_id)
+        viewers = [asyncio.create_task(last_words(old.port, request, there)) for _ in range(20)]
+        await there.wait()
+        old.server.should_exit = True
+
+        async def not_ready() -> bool:
+            said = await exchange(old.port, get("/readyz", "connection: close"))
+            return said.startswith(b"HTTP/1.1 503")
+
+        await until(not_ready)
+        assert await ask(old.port)
+        late = await exchange(old.port, request)
+        ends = await asyncio.gather(*viewers)
+
+        async def refused() -> bool:
+            with suppress(ConnectionError):
+                async with connected(old.port):
+                    return False
+            return True
+
+        await until(refused)
+        whole = ids(await exchange(new.port, events(stream_id, "connection: close")))
+        resumed = [
+            ids(body) + ids(await exchange(new.port, resume(stream_id, body))) for body, _ in ends
+        ]
+    assert late.startswith(b"HTTP/1.1 200")
+    assert not ids(late)
+    for body in (late, *(body for body, _ in ends)):
+        assert b"retry: " in body[-30:]
+        assert not body.endswith(b"0\r\n\r\n")
+    times = [time for _, time in ends]
+    assert max(times) - min(times) > 0.3
+    assert max(len(ids(body)) for body, _ in ends) > min(len(ids(body)) for body, _ in ends)
+    assert all([cursor for cursor in seen if cursor != b"0-1"] == whole for seen in resumed)
+
+
+def resume(stream_id: str, body: bytes) -> bytes:
+    return events(stream_id, f"last-event-id: {ids(body)[-1].decode()}", "connection: close")
+
+
+async def test_an_answer_that_ends_in_a_deploy_ends_cleanly(settings: Settings) -> None:
+    settings = changed(settings, drain_seconds=3600)
+    async with serving(settings) as served, running_worker(settings):
+        stream_id = await ask(served.port, chunks=20, delay_ms=25)
+        there = asyncio.Barrier(2)
+        viewer = asyncio.create_task(
+            last_words(served.port, events(stream_id, "connection: close"), there)
+        )
+        await there.wait()
+        served.server.should_exit = True
+        body, _ = await viewer
+        served.server.force_exit = True
+    assert b"completed" in body
+    assert body.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_at_once(
+    redis: Redis, redis_server: RedisServer, number: signal.Signals
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
+    env |= {"RELAY_DRAIN_SECONDS": "3600", "RELAY_HOST": "127.0.0.1"}
+    process = await asyncio.create_subprocess_exec(*module("api"), env=env)
+    try:
+        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+        async with connected(port) as (reader, writer), asyncio.timeout(20):
+            writer.write(events(await ask(port)))
+            await reader.readuntil(b"queued")
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: answers(port, b"HTTP/1.1 503"))
+            assert process.returncode is None
+            process.send_signal(number)
+            async with asyncio.timeout(5):
+                await process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def answers(port: int, beginning: bytes) -> bool:
+    with suppress(OSError):
+        said = await exchange(port, get("/readyz", "connection: close"))
+        return said.startswith(beginning)
+    return False
+
+
+async def test_with_nobody_there_a_deploy_still_says_for_a_while_that_it_is_not_ready(
+    settings: Settings,
+) -> None:
+    async with serving(changed(settings, drain_seconds=1.0)) as served:
+        served.server.should_exit = True
+        await until(lambda: answers(served.port, b"HTTP/1.1 503"))
+
+        async def refused() -> bool:
+            return not await answers(served.port, b"HTTP")
+
+        await until(refused)
