@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from api import page, problems
+from api import chat_completions, page, problems
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
@@ -73,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
     problems.install(app)
     app.include_router(router)
+    app.include_router(chat_completions.router)
     app.router.routes.extend(page.routes())
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
     if settings.cors_origins:

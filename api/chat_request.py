@@ -1,6 +1,6 @@
-"""The body of POST /chat: what the chat completions API knows, and nothing else.
+"""What a caller may ask: the fields that the chat completions API knows, and nothing else.
 
-Nothing in it can choose where the upstream call goes: `model`, like any unknown field, is refused.
+Nothing in it can choose where the upstream call goes.
 """
 
 import hashlib
@@ -30,15 +30,10 @@ class Message(BaseModel):
     audio: JsonObject | None = None
 
 
-class ChatRequest(BaseModel):
-    """The fields of a chat completion that the caller may set."""
+class Asked(BaseModel):
+    """The fields of a chat completion that the model sees."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2}]
-        },
-    )
+    model_config = ConfigDict(extra="forbid")
 
     messages: list[Message] = Field(min_length=1, description="The conversation so far.")
 
@@ -74,20 +69,45 @@ class ChatRequest(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
+    def to_stored(self, *also: object) -> tuple[JsonObject, str]:
+        """What the model is to see: what the caller said and nothing that it left out; and a digest
+        that is equal for equal bodies, in which `also` counts. Raises BadRequest for what JSON
+        cannot carry further."""
+        try:
+            stored = self.model_dump(exclude_unset=True, include=set(Asked.model_fields))
+            text = json.dumps([stored, *also], sort_keys=True, allow_nan=False)
+        except (ValueError, RecursionError):
+            raise BadRequest(
+                "The body nests too deeply, or holds a number that is none: send plain JSON."
+            ) from None
+        return stored, hashlib.sha256(text.encode()).hexdigest()
+
+
+class ChatRequest(Asked):
+    """The body of POST /chat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2}]
+        },
+    )
+
     recovery: Recovery = Field(
         "restart",
         description="If the worker dies after the first chunk: begin the answer anew, or end the "
         "stream as `failed`, `interrupted`. For this server; the model does not see it.",
     )
 
-    def to_stored(self) -> tuple[JsonObject, str]:
-        """What the caller said and nothing that it left out, and a digest that is equal for equal
-        bodies. Raises BadRequest for what JSON cannot carry further."""
-        try:
-            stored = self.model_dump(exclude_unset=True, exclude={"recovery"})
-            text = json.dumps([stored, self.recovery], sort_keys=True, allow_nan=False)
-        except (ValueError, RecursionError):
-            raise BadRequest(
-                "The body nests too deeply, or holds a number that is none: send plain JSON."
-            ) from None
-        return stored, hashlib.sha256(text.encode()).hexdigest()
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class ChatCompletionRequest(Asked):
+    """The body of POST /v1/chat/completions."""
+
+    model: str = Field(description="One of GET /v1/models.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None

@@ -2,7 +2,6 @@
 
 import asyncio
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -11,6 +10,9 @@ from relay.errors import StreamGone
 from relay.events import STARTED, Cursor, Event
 
 Encode = Callable[[Event], bytes]
+Wire = Callable[[], Encode]
+"""Makes an encoder for one feed, which is given all its events in order: what a frame
+leaves out may have been said by an earlier one."""
 
 FRAMES_AT_ONCE = 256
 BYTES_AT_ONCE = 64 * 1024
@@ -33,7 +35,7 @@ class Feed:
         self.bytes = 0
         """About what the events and their frames on one wire take."""
         self._latest_start = 0
-        self._frames: defaultdict[Encode, list[bytes]] = defaultdict(list)
+        self._frames: dict[Wire, tuple[Encode, list[bytes]]] = {}
         self._waiters: set[asyncio.Future[bool]] = set()
 
     @property
@@ -88,10 +90,12 @@ class Feed:
         index = bisect_right(self.events, cursor, key=lambda event: event.cursor)
         return index if self.events[index - 1].cursor == cursor else self._latest_start
 
-    def frames(self, encode: Encode, start: int) -> list[bytes]:
+    def frames(self, wire: Wire, start: int) -> list[bytes]:
         """The next frames from an index on, at least one if there is any, and no more than the
         bounds of one write; each event is encoded once a wire."""
-        frames = self._frames[encode]
+        if wire not in self._frames:
+            self._frames[wire] = wire(), []
+        encode, frames = self._frames[wire]
         if len(frames) < len(self.events):
             frames += [encode(event) for event in self.events[len(frames) :]]
         piece = frames[start : start + FRAMES_AT_ONCE]

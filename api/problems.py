@@ -24,6 +24,7 @@ from relay.logs import get_logger
 logger = get_logger("api")
 
 RETRY_SECONDS = 2
+REDIS_AWAY_DETAIL = "Redis is away or takes nothing in: try again in a few seconds."
 
 ERRORS_TOLD = 20
 """Of a request with more wrong fields the rest is not told: the reply must not outgrow it."""
@@ -95,15 +96,17 @@ def problem(
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
+def status_of(error: RelayError) -> int:
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+
+
 def problem_for(error: RelayError) -> Response:
-    status = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
     retry_seconds = RETRY_SECONDS if error.retryable else None
-    return problem(status, error.code, error.message, retry_seconds=retry_seconds)
+    return problem(status_of(error), error.code, error.message, retry_seconds=retry_seconds)
 
 
 def redis_away() -> Response:
-    detail = "Redis is away or takes nothing in: try again in a few seconds."
-    return problem(503, "redis_away", detail, retry_seconds=RETRY_SECONDS)
+    return problem(503, "redis_away", REDIS_AWAY_DETAIL, retry_seconds=RETRY_SECONDS)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -133,7 +134,7 @@ async def chat(
     """
     if parts.hub.redis_away:
         return redis_away()  # At once: a Redis that hangs would cost each caller a time limit.
-    request, digest = body.to_stored()
+    request, digest = body.to_stored(body.recovery)
     created = await parts.log.create(
         request, recovery=body.recovery, idempotency_key=idempotency_key, digest=digest
     )
@@ -155,12 +156,6 @@ async def chat(
         )
         return JSONResponse(accepted.model_dump(), 202, headers)
 
-    async def cancel() -> None:
-        try:
-            await parts.log.cancel(stream_id)
-        except (RedisError, StreamGone) as error:
-            logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
-
     feed = await stack.enter_async_context(parts.hub.watch(stream_id))
     return viewer(
         parts.hub,
@@ -170,7 +165,7 @@ async def chat(
         write_seconds=parts.settings.write_seconds,
         drain_seconds=parts.settings.drain_seconds,
         headers=headers,
-        on_leave=cancel if x_on_disconnect == "cancel" else None,
+        on_leave=partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None,
     )
 
 
@@ -283,6 +278,14 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
         return redis_away()
     await request.app.state.redis.ping()
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
+
+
+async def cancel_quietly(parts: Parts, stream_id: str) -> None:
+    """For a client that left and asked for it: nobody is there to hear of an error."""
+    try:
+        await parts.log.cancel(stream_id)
+    except (RedisError, StreamGone) as error:
+        logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

@@ -2,14 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from api.feed import Feed, settle
+from api.feed import Feed, Wire, settle
 from api.hub import REDIS_AWAY, Hub
-from api.problems import problem, problem_for
+from api.problems import problem
 from api.wires import native, text
 from relay.events import CANCELLED, FAILED, STARTED, Cursor, Event
 
@@ -25,13 +25,17 @@ CONNECTION = "relay.connection"
 connection without waiting for the peer. With any other ASGI server it ends as that one does."""
 
 
+class BrokenOff(Exception):
+    """The response must not get its proper end, so that no client takes it for the whole answer."""
+
+
+class Superseded(BrokenOff):
+    """What was written is no longer true, and the wire has no words to take it back."""
+
+
 def come_back() -> bytes:
     """The last words to a viewer that is to try again, not together with all the others."""
     return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
-
-
-class BrokenOff(Exception):
-    """The response must not get its proper end, so that no client takes it for the whole answer."""
 
 
 class Viewer(Response):
@@ -43,6 +47,7 @@ class Viewer(Response):
     """
 
     media_type = native.MEDIA_TYPE
+    wire: Wire = staticmethod(native.encoder)
     heartbeat = native.HEARTBEAT
 
     def __init__(
@@ -142,7 +147,7 @@ class Viewer(Response):
 
     def _take(self, index: int) -> tuple[bytes, int]:
         """The next piece of the body, and how many events it covers."""
-        frames = self._feed.frames(native.encode, index)
+        frames = self._feed.frames(self.wire, index)
         return b"".join(frames), len(frames)
 
     def _take_notices(self) -> bytes:
@@ -188,24 +193,15 @@ class NotNow(Response):
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-class TextViewer(Viewer):
-    """The text wire.
+class HeldViewer(Viewer):
+    """A wire whose status and headers wait for its first words, so that an answer which ends before
+    them is an error by its status. What it has said cannot be taken back."""
 
-    Plain text has no way to say "forget that" or "that was not all", so only a completed answer
-    ends cleanly. After a failure, a cancel or a new attempt the response breaks off: curl reports
-    that with exit code 18, an HTTP library as an incomplete read. If it fails before the first
-    text, the response is a problem.
-    """
-
-    media_type = text.MEDIA_TYPE
-    heartbeat = b""
     _written = False
 
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
     ) -> None:
-        # A client with a cursor has text already, though nothing was written here.
-        self._written = self._cursor is not None and self._cursor.attempt > 0
         while not (self._speaks() or self._feed.ended or over.done()):
             self._part_when_draining(over)
             await self._feed.changed(self._heartbeat_seconds, unless=over)
@@ -220,17 +216,74 @@ class TextViewer(Viewer):
         await self._end(send)
 
     def _take(self, index: int) -> tuple[bytes, int]:
-        frames = self._feed.frames(text.encode, index)
+        frames = self._feed.frames(self.wire, index)
         events = self._feed.events[index : index + len(frames)]
         upto = next((i for i, event in enumerate(events) if self._breaks(event)), len(events))
         if events and upto == 0:
-            raise BrokenOff
+            raise Superseded
         body = b"".join(frames[:upto])
         self._written = self._written or bool(body)
         return body, upto
 
     def _breaks(self, event: Event) -> bool:
-        return event.kind in {FAILED, CANCELLED} or (event.kind == STARTED and self._written)
+        """Whether what was written so far is no longer true."""
+        return event.kind == STARTED and self._written
+
+    def _speaks(self) -> bool:
+        """Whether there is anything to begin with, other than that there will be nothing."""
+        return any(
+            frame and event.kind not in {FAILED, CANCELLED} for event, frame in self._framed()
+        )
+
+    def _framed(self) -> Iterator[tuple[Event, bytes]]:
+        """The events of the newest attempt with their frames."""
+        start = self._feed.position(None)
+        while frames := self._feed.frames(self.wire, start):
+            yield from zip(self._feed.events[start:], frames, strict=False)
+            start += len(frames)
+
+    def _failure(self, over: asyncio.Future[bool]) -> Response | None:
+        """What is answered instead if it ended, or must go, before it spoke."""
+        if self._feed.gone is not None:
+            return self._refusal(410, self._feed.gone.code, self._feed.gone.message)
+        last = self._feed.events[-1]
+        if last.kind == FAILED:
+            value = last.value()
+            return self._refusal(502, value["code"], value["message"])
+        if last.kind == CANCELLED:
+            detail = "The stream was cancelled before its first text."
+            return self._refusal(409, "cancelled", detail)
+        if _sent_away(over):
+            detail = "Watch this stream again: another process answers."
+            return self._refusal(503, "draining", detail)
+        return None
+
+    def _refusal(self, status: int, code: str, detail: str) -> Response:
+        raise NotImplementedError
+
+
+class TextViewer(HeldViewer):
+    """The text wire.
+
+    Plain text has no way to say "forget that" or "that was not all", so only a completed answer
+    ends cleanly. After a failure, a cancel or a new attempt the response breaks off: curl reports
+    that with exit code 18, an HTTP library as an incomplete read. If it fails before the first
+    text, the response is a problem.
+    """
+
+    media_type = text.MEDIA_TYPE
+    wire = staticmethod(text.encoder)
+    heartbeat = b""
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+    ) -> None:
+        # A client with a cursor has text already, though nothing was written here.
+        self._written = self._cursor is not None and self._cursor.attempt > 0
+        await super()._respond(scope, receive, send, over)
+
+    def _breaks(self, event: Event) -> bool:
+        return event.kind in {FAILED, CANCELLED} or super()._breaks(event)
 
     def _tell_gone(self, feed: Feed) -> bytes:
         raise BrokenOff
@@ -241,24 +294,8 @@ class TextViewer(Viewer):
     def _last_words(self) -> bytes:
         return b""
 
-    def _speaks(self) -> bool:
-        """Whether there is any text to begin with."""
-        events = self._feed.events[self._feed.position(None) :]
-        return any(text.encode(event) for event in events)
-
-    def _failure(self, over: asyncio.Future[bool]) -> Response | None:
-        if self._feed.gone is not None:
-            return problem_for(self._feed.gone)
-        last = self._feed.events[-1]
-        if last.kind == FAILED:
-            value = last.value()
-            return problem(502, value["code"], value["message"])
-        if last.kind == CANCELLED:
-            return problem(409, "cancelled", "The stream was cancelled before its first text.")
-        if _sent_away(over):
-            detail = "Watch this stream again: another process answers."
-            return problem(503, "draining", detail, retry_seconds=1)
-        return None
+    def _refusal(self, status: int, code: str, detail: str) -> Response:
+        return problem(status, code, detail, retry_seconds=1 if status == 503 else None)
 
 
 def _sent_away(over: asyncio.Future[bool]) -> bool:

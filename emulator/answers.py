@@ -119,14 +119,23 @@ class Answer:
         }
         if calls:
             message["tool_calls"] = calls
+        finish = "content_filter" if self.script.late_filter == "blocked" else self.script.finish
         choices = [
-            self._choice(index, "message", message, self.script.finish, _SAFE)
+            self._choice(index, "message", message, finish, _SAFE)
+            | {"logprobs": self._whole_logprobs(deltas)}
             for index in range(self.n)
         ]
         head = {**self.head, "object": "chat.completion"}
         if self.azure:
             head["prompt_filter_results"] = _prompt_filter_results()
         return dumps({"choices": choices, **head, "usage": self._usage(len(deltas))})
+
+    def _whole_logprobs(self, deltas: list[Json]) -> Json | None:
+        if not self.logprobs:
+            return None
+        kinds = ("content", "refusal")
+        said = {kind: [delta[kind] for delta in deltas if kind in delta] for kind in kinds}
+        return {kind: [_logprob(text, self.top) for text in said[kind]] or None for kind in kinds}
 
     def _opening(self) -> Iterator[Step]:
         if self.azure:

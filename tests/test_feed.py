@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed
+from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Encode, Feed
 from relay.errors import StreamGone
 from relay.events import COMPLETED, FAILED, QUEUED, STARTED, TEXT, Cursor, Event
 
@@ -22,6 +22,10 @@ def feed_of(*events: Event) -> Feed:
     feed = Feed("id")
     assert feed.add(list(events), read=True)
     return feed
+
+
+def plain() -> Encode:
+    return lambda event: event.data
 
 
 def ids(feed: Feed) -> list[str]:
@@ -110,17 +114,20 @@ def test_each_event_is_encoded_once_per_wire() -> None:
         encoded.append(event)
         return event.data
 
+    def wire() -> Encode:
+        return encode
+
     feed = feed_of(QUEUE, FIRST, event("1-1"))
     for _ in range(3):
-        feed.frames(encode, 0)
+        feed.frames(wire, 0)
     feed.add([event("1-2")])
-    assert feed.frames(encode, 3) == [b'"x"']
+    assert feed.frames(wire, 3) == [b'"x"']
     assert len(encoded) == 4
 
 
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:
     feed = feed_of(QUEUE, FIRST, *(event(f"1-{n}") for n in range(1, 3 * FRAMES_AT_ONCE)))
-    assert len(feed.frames(lambda event: event.data, 0)) == FRAMES_AT_ONCE
+    assert len(feed.frames(plain, 0)) == FRAMES_AT_ONCE
 
 
 def test_a_viewer_takes_a_bounded_number_of_bytes_at_once_and_always_one_frame() -> None:
@@ -128,7 +135,7 @@ def test_a_viewer_takes_a_bounded_number_of_bytes_at_once_and_always_one_frame()
     texts = [event(f"1-{n}", data=b"x" * size) for n, size in enumerate(sizes, 1)]
     feed = feed_of(QUEUE, FIRST, *texts)
     index, writes = 2, []
-    while frames := feed.frames(lambda event: event.data, index):
+    while frames := feed.frames(plain, index):
         writes.append([len(frame) for frame in frames])
         index += len(frames)
     assert writes == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:5], sizes[5:]]

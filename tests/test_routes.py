@@ -276,6 +276,8 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/streams/{stream_id}",
         "/streams/{stream_id}/events",
         "/streams/{stream_id}/cancel",
+        "/v1/chat/completions",
+        "/v1/models",
         "/healthz",
         "/readyz",
     }
@@ -289,7 +291,10 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
             assert operation["summary"], path
             errors = [s for s in operation["responses"] if s >= "400"]
             for status in errors:
-                assert "application/problem+json" in operation["responses"][status]["content"], path
+                content = operation["responses"][status]["content"]
+                assert set(content) == {
+                    "application/json" if path.startswith("/v1/") else "application/problem+json"
+                }, path
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["examples"]
 

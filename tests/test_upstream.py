@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from openai.resources.chat.completions import AsyncCompletions
 
-from api.chat_request import ChatRequest
+from api.chat_request import Asked
 from emulator.app import Emulator, Receive, Record, Send
 from emulator.serve import serve
 from relay.chunks import Chunk
@@ -224,7 +224,7 @@ async def test_an_option_of_the_sdk_in_a_request_cannot_choose_it_either(
 
 def test_the_sdk_knows_every_field_that_the_api_accepts() -> None:
     known = inspect.signature(AsyncCompletions.create).parameters
-    assert set(ChatRequest.model_fields) - {"recovery"} <= set(known)
+    assert set(Asked.model_fields) <= set(known)
 
 
 # What is added

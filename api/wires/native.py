@@ -1,5 +1,7 @@
 """The native wire: Server-Sent Events, for EventSource, curl and anything else."""
 
+from collections.abc import Callable
+
 from sse_starlette import ServerSentEvent
 
 from relay.errors import RelayError
@@ -7,6 +9,10 @@ from relay.events import FAILED, STARTED, TEXT, WHOLE, Event, first_choice_text,
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT = b":\n\n"
+
+
+def encoder() -> Callable[[Event], bytes]:
+    return encode
 
 
 def encode(event: Event) -> bytes:

@@ -1,8 +1,14 @@
 """The text wire: the answer's text as it comes, for a terminal and the simplest client."""
 
+from collections.abc import Callable
+
 from relay.events import Event, text_of
 
 MEDIA_TYPE = "text/plain"
+
+
+def encoder() -> Callable[[Event], bytes]:
+    return encode
 
 
 def encode(event: Event) -> bytes:

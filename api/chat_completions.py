@@ -1,0 +1,150 @@
+"""OpenAI's chat completions API: for every client that speaks it, unmodified."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Request, Response
+from starlette.types import Send
+
+from api.chat_request import ChatCompletionRequest
+from api.feed import Feed
+from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
+from api.problems import REDIS_AWAY_DETAIL
+from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.viewer import HeldViewer, Superseded
+from api.wires import chat_completions as codec
+from relay.events import CANCELLED, COMPLETED, FAILED, to_json
+from relay.logs import get_logger
+
+logger = get_logger("api")
+router = APIRouter(prefix="/v1", route_class=OpenAIRoute)
+
+ANY_MODEL = "chat-relay"
+"""The model's public name where this process does not know the upstream's."""
+
+
+class ChatCompletionViewer(HeldViewer):
+    """The stream of a chat completion. A new attempt cannot be told in it, so then it ends in an
+    error; the answer goes on, under its X-Stream-Id."""
+
+    media_type = codec.MEDIA_TYPE
+    wire = staticmethod(codec.encoder)
+
+    async def _follow(self, send: Send, over: asyncio.Future[bool]) -> None:
+        try:
+            await super()._follow(send, over)
+        except Superseded:
+            await self._write(send, codec.encode_error(codec.INTERRUPTED))
+
+    def _tell_gone(self, feed: Feed) -> bytes:
+        assert feed.gone is not None  # noqa: S101
+        return codec.encode_error({"code": feed.gone.code, "message": feed.gone.message})
+
+    def _last_words(self) -> bytes:
+        return b""
+
+    def _refusal(self, status: int, code: str, detail: str) -> Response:
+        return refusal(STATUSES.get(code, status), code, detail)
+
+
+class WithUsage(ChatCompletionViewer):
+    wire = staticmethod(codec.encoder_with_usage)
+
+
+@router.get("/models", summary="List the model")
+async def models(parts: PartsOfApp) -> dict[str, Any]:
+    """The one that this server answers with."""
+    model = {"id": _model(parts), "object": "model", "created": 0, "owned_by": "chat-relay"}
+    return {"object": "list", "data": [model]}
+
+
+@router.post(
+    "/chat/completions",
+    summary="OpenAI's chat completions",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A `chat.completion`, or with `stream` its chunks as server-sent "
+            "events. X-Stream-Id is the stream's id on the native API: to watch it, resume it or "
+            "cancel it. Errors have OpenAI's shape.",
+            "content": {"application/json": {}, codec.MEDIA_TYPE: {}},
+        },
+        **RESPONSES,
+    },
+)
+async def create(
+    request: Request,
+    body: ChatCompletionRequest,
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    idempotency_key: Annotated[str, Header(max_length=255)] = "",
+    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
+) -> Response:
+    """Queue a job and answer with what the model says. Dropping the connection does not stop the
+    answer, unless X-On-Disconnect asks for it."""
+    if body.model != _model(parts):
+        message = f"There is no model {body.model!r} here: use {_model(parts)!r}."
+        return refusal(404, "model_not_found", message, param="model")
+    if parts.hub.redis_away:
+        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
+    asked, digest = body.to_stored()
+    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    stream_id = created.stream_id
+    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
+    if not body.stream:
+        return await _whole(request, parts, feed, on_leave)
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    viewer = WithUsage if usage else ChatCompletionViewer
+    return viewer(
+        parts.hub,
+        feed,
+        None,
+        heartbeat_seconds=parts.settings.heartbeat_seconds,
+        write_seconds=parts.settings.write_seconds,
+        drain_seconds=parts.settings.drain_seconds,
+        headers={"x-stream-id": stream_id},
+        on_leave=on_leave,
+    )
+
+
+async def _whole(
+    request: Request, parts: Parts, feed: Feed, on_leave: Callable[[], Awaitable[None]] | None
+) -> Response:
+    """The answer as one object, however many attempts it took."""
+    left = asyncio.ensure_future(_left(request))
+    try:
+        while not (feed.ended or left.done() or parts.hub.draining):
+            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
+    finally:
+        left.cancel()
+    response = _response(feed)
+    response.headers["x-stream-id"] = feed.stream_id
+    if not feed.ended and not parts.hub.draining and on_leave is not None:
+        await on_leave()
+    return response
+
+
+def _response(feed: Feed) -> Response:
+    if feed.gone is not None:
+        return refusal(410, feed.gone.code, feed.gone.message)
+    last = feed.events[-1]
+    if last.kind == COMPLETED:
+        return Response(to_json(codec.fold(feed.events)), media_type="application/json")
+    if last.kind in {FAILED, CANCELLED}:
+        value = {"code": CANCELLED, "message": "The answer was cancelled.", **last.value()}
+        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
+    return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _model(parts: Parts) -> str:
+    upstream = parts.settings.upstream
+    return upstream.model if upstream else ANY_MODEL

@@ -1,0 +1,149 @@
+"""OpenAI's chat completions: the upstream's own chunks again, one by one or folded into an object.
+
+What the upstream said comes out as it went in, but for `obfuscation`, which is random padding.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from relay.chunks import Chunk, Expander
+from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Event, join_text, to_json
+
+MEDIA_TYPE = "text/event-stream"
+INTERRUPTED = {
+    "code": "interrupted",
+    "message": "The answer was begun anew: watch it by its X-Stream-Id, or ask again.",
+}
+_GAP = "(the text)"
+# Said again, whole, by each part that has it; everything else that is text goes on where it was.
+_REPEATED = frozenset({"id", "type", "role", "index"})
+
+
+def encoder() -> Callable[[Event], bytes]:
+    """Without usage, which a client did not ask for that did not send `stream_options`."""
+    return _Encoder(include_usage=False)
+
+
+def encoder_with_usage() -> Callable[[Event], bytes]:
+    return _Encoder(include_usage=True)
+
+
+class _Encoder:
+    """`data:` and a chunk each, `data: [DONE]` at the end; nothing for `queued` and `started`."""
+
+    def __init__(self, *, include_usage: bool) -> None:
+        self._include_usage = include_usage
+        self._expander = Expander()
+        self._around: tuple[bytes, bytes] | None = None
+
+    def __call__(self, event: Event) -> bytes:
+        if event.kind == TEXT:
+            # All of it but the text is the same each time, and rendered once.
+            before, after = self._around or self._render_around(event)
+            return before + event.data + after
+        self._around = None
+        if event.kind == COMPLETED:
+            return b"data: [DONE]\n\n"
+        if event.kind == FAILED:
+            return encode_error(event.value())
+        if event.kind == CANCELLED:
+            return encode_error({"code": "cancelled", "message": "The answer was cancelled."})
+        chunk = self._expander.chunk(event)
+        return b"" if chunk is None else self._encode(chunk)
+
+    def _encode(self, chunk: Chunk) -> bytes:
+        if not self._include_usage and "usage" in chunk:
+            if not chunk.get("choices"):
+                return b""
+            chunk = {key: value for key, value in chunk.items() if key != "usage"}
+        return _frame(chunk)
+
+    def _render_around(self, event: Event) -> tuple[bytes, bytes]:
+        chunk = self._expander.chunk(event._replace(data=to_json(_GAP)))
+        assert chunk is not None  # noqa: S101
+        before, _, after = self._encode(chunk).partition(to_json(_GAP))
+        self._around = before, after
+        return self._around
+
+
+def encode_error(value: dict[str, Any]) -> bytes:
+    """How this wire says in the middle of a stream that it will not be finished."""
+    return _frame({"error": error(value["code"], value["message"])})
+
+
+def error(code: str, message: str, *, param: str | None = None, status: int = 500) -> Chunk:
+    kind = "invalid_request_error" if 400 <= status < 500 and status != 429 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def fold(events: Iterable[Event]) -> Chunk:
+    """One `chat.completion` of the chunks of the newest attempt."""
+    expander = Expander()
+    completion: Chunk = {}
+    choices: dict[int, Chunk] = {}
+    for event in events:
+        if event.kind == STARTED:
+            completion, choices = {}, {}
+        chunk = expander.chunk(event)
+        if chunk is not None:
+            # The filter's own chunks have an empty id, model and time.
+            completion |= {k: v for k, v in chunk.items() if v or k not in completion}
+            for choice in chunk.get("choices") or ():
+                _merge(choices.setdefault(choice.get("index", 0), {}), choice)
+    whole = [_whole_choice(choices[index]) for index in sorted(choices)]
+    return {**completion, "object": "chat.completion", "choices": whole}
+
+
+def _whole_choice(choice: Chunk) -> Chunk:
+    message = {"role": "assistant", "content": None, "refusal": None, **choice.pop("delta", {})}
+    if isinstance(message["content"], str):
+        message["content"] = join_text([message["content"]])
+    for call in message.get("tool_calls") or ():
+        call.pop("index", None)
+    choice.pop("content_filter_offsets", None)
+    return {"logprobs": None, **choice, "message": message}
+
+
+def _merge(whole: Chunk, part: Chunk) -> None:
+    for key, value in part.items():
+        known = whole.get(key)
+        if known is None:
+            whole[key] = _own(value)
+        elif value is None or key in _REPEATED:
+            whole[key] = known if value is None else value
+        elif isinstance(known, str) and isinstance(value, str) and key != "finish_reason":
+            whole[key] = known + value
+        elif isinstance(known, dict) and isinstance(value, dict):
+            _merge(known, value)
+        elif isinstance(known, list) and isinstance(value, list):
+            _merge_lists(known, value)
+        else:
+            whole[key] = value
+
+
+def _merge_lists(known: list[Any], parts: list[Any]) -> None:
+    """By their `index` where they have one, as the pieces of tool calls; else one after another."""
+    for part in parts:
+        index = part.get("index") if isinstance(part, dict) else None
+        same = [each for each in known if index is not None and each.get("index") == index]
+        if same:
+            _merge(same[0], part)
+        else:
+            known.append(_own(part))
+
+
+def _own(value: Any) -> Any:
+    """A copy, since what is merged into belongs to nobody else."""
+    if isinstance(value, dict):
+        return {key: _own(each) for key, each in value.items()}
+    if isinstance(value, list):
+        owned: list[Any] = []
+        _merge_lists(owned, value)
+        return owned
+    return value
+
+
+def _frame(value: Chunk) -> bytes:
+    return b"data: %b\n\n" % to_json(value)

@@ -1,0 +1,261 @@
+"""The real openai SDK, unmodified, against the running stack."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import SecretStr
+
+from emulator.app import Emulator
+from emulator.script import prompt
+from relay.settings import Settings
+from tests.conftest import changed, running_api, running_worker, text_of, watch
+from tests.corpus import CORPUS
+
+MODEL = "demo"
+
+
+@pytest.fixture(params=["azure", "openai"])
+def settings(request: pytest.FixtureRequest, settings: Settings, emulator_url: str) -> Settings:
+    """Both kinds of upstream: Azure says more in each chunk."""
+    if request.param == "azure":
+        return settings
+    none = dict.fromkeys(("azure_endpoint", "azure_key", "azure_deployment"))
+    base = {"openai_base_url": f"{emulator_url}/v1", "openai_model": MODEL}
+    return changed(settings, **none, **base, openai_key=SecretStr("key"))
+
+
+@pytest.fixture
+async def sdk(stack: httpx2.AsyncClient) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{stack.base_url}/v1", api_key="k", max_retries=0) as sdk:
+        yield sdk
+
+
+@pytest.fixture
+async def direct(settings: Settings, emulator_url: str) -> AsyncIterator[AsyncOpenAI]:
+    """What the same client talks to without chat-relay in between."""
+    path = "openai/v1" if settings.azure_endpoint else "v1"
+    async with AsyncOpenAI(
+        base_url=f"{emulator_url}/{path}",
+        api_key="k",
+        default_headers={"api-key": "k"},
+        max_retries=0,
+    ) as sdk:
+        yield sdk
+
+
+def question(**script: Any) -> Any:
+    return [{"role": "user", "content": prompt(**script)}]
+
+
+def same(given: Any) -> Any:
+    """What must be equal: all but ids and times, which are of each request."""
+    data = given.model_dump(exclude_unset=True)
+    return {key: value for key, value in data.items() if key not in {"id", "created"}}
+
+
+async def streamed(sdk: AsyncOpenAI, script: Any, options: Any) -> list[Any]:
+    stream = await sdk.chat.completions.create(
+        model=MODEL, messages=question(**script), stream=True, **options
+    )
+    return [same(chunk) async for chunk in stream]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+async def test_every_chunk_is_the_upstreams(
+    name: str, sdk: AsyncOpenAI, direct: AsyncOpenAI
+) -> None:
+    assert await streamed(sdk, *CORPUS[name]) == await streamed(direct, *CORPUS[name])
+
+
+@pytest.mark.parametrize("name", CORPUS)
+async def test_the_whole_answer_is_the_upstreams(
+    name: str, sdk: AsyncOpenAI, direct: AsyncOpenAI
+) -> None:
+    script, options = CORPUS[name]
+    options = {key: value for key, value in options.items() if key != "stream_options"}
+    asked = {"model": MODEL, "messages": question(**script), **options}
+    ours, theirs = [same(await client.chat.completions.create(**asked)) for client in (sdk, direct)]
+    assert said(ours) == said(theirs)
+
+
+def said(completion: Any) -> Any:
+    """The upstream tells its filter's results apart when it does not stream; they are compared
+    where they are what was said."""
+    for choice in completion["choices"]:
+        choice.pop("content_filter_results", None)
+    return completion
+
+
+async def test_the_sync_sdk_streams_and_waits_too(stack: httpx2.AsyncClient) -> None:
+    def both() -> tuple[str, str | None]:
+        with OpenAI(base_url=f"{stack.base_url}/v1", api_key="k", max_retries=0) as sdk:
+            asked: dict[str, Any] = {"model": MODEL, "messages": question(chunks=3)}
+            stream = sdk.chat.completions.create(**asked, stream=True)
+            text = "".join(
+                chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices
+            )
+            return text, sdk.chat.completions.create(**asked).choices[0].message.content
+
+    assert await asyncio.to_thread(both) == ("0 1 2 ", "0 1 2 ")
+
+
+async def test_the_same_answer_is_watched_and_resumed_natively(
+    sdk: AsyncOpenAI, stack: httpx2.AsyncClient
+) -> None:
+    """Though the client that asked for it goes away in the middle."""
+    raw = await sdk.chat.completions.with_raw_response.create(
+        model=MODEL, messages=question(chunks=30, delay_ms=10), stream=True
+    )
+    stream_id = raw.headers["x-stream-id"]
+    stream = raw.parse()
+    seen = [await anext(stream) for _ in range(5)]
+    await stream.close()
+    assert seen
+    whole = await watch(stack, stream_id)
+    assert text_of(whole) == "".join(f"{n} " for n in range(30))
+    middle = whole[10]
+    assert await watch(stack, stream_id, after=middle.id) == whole[11:]
+
+
+async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    for streams in (True, False):
+        asking = sdk.chat.completions.create(
+            model=MODEL,
+            messages=question(chunks=1, end="stall"),
+            stream=streams,
+            extra_headers={"x-on-disconnect": "cancel"},
+        )
+        number = emulator.total
+        running = asyncio.create_task(leave(asking, streams=streams))
+        record = await emulator.request(number)
+        if not streams:
+            running.cancel()
+        async with asyncio.timeout(5):
+            await record.over.wait()
+        assert record.outcome == "disconnected"
+
+
+async def leave(asking: Any, *, streams: bool) -> None:
+    response = await asking
+    if streams:
+        await anext(aiter(response))
+        await response.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "code"),
+    [
+        ({"status": 429, "retry_after_ms": 1}, openai.RateLimitError, "upstream_rate_limited"),
+        ({"prompt_filter": True}, openai.BadRequestError, "content_filter"),
+        ({"status": 400}, openai.BadRequestError, "upstream_refused"),
+        ({"status": 401}, openai.InternalServerError, "upstream_denied"),
+    ],
+)
+@pytest.mark.parametrize("streams", [True, False])
+async def test_an_answer_that_fails_before_its_first_chunk_is_an_error_by_its_status(
+    sdk: AsyncOpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    script: Any,
+    error: type[openai.APIStatusError],
+    code: str,
+    streams: bool,
+) -> None:
+    monkeypatch.setattr("worker.retry.FIRST_SECONDS", 0.001)
+    with pytest.raises(error) as raised:
+        await sdk.chat.completions.create(model=MODEL, messages=question(**script), stream=streams)
+    assert raised.value.code == code
+    assert raised.value.response.headers["x-stream-id"]
+
+
+async def test_an_answer_that_fails_in_the_middle_is_an_error_and_no_end(sdk: AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
+        model=MODEL, messages=question(chunks=3, end="eof"), stream=True
+    )
+    text, code = await taken(stream)
+    assert (text, code) == ("0 1 2 ", "upstream_incomplete")
+
+
+async def taken(stream: Any) -> tuple[str, str | None]:
+    """The text, and the code of the error that it ended in."""
+    text = ""
+    try:
+        async for chunk in stream:
+            text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+    except openai.APIError as error:
+        return text, error.code
+    return text, None
+
+
+async def test_a_takeover_is_never_spliced_into_a_stream_and_goes_unnoticed_by_who_waits(
+    settings: Settings, emulator: Emulator
+) -> None:
+    forty = "".join(f"{n} " for n in range(40))
+    asked: Any = {"model": MODEL, "messages": question(chunks=40, delay_ms=20)}
+    async with (
+        running_api(settings) as http,
+        AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="k", max_retries=0) as sdk,
+    ):
+        async with running_worker(settings):
+            waiting = asyncio.create_task(sdk.chat.completions.create(**asked))
+            stream = await sdk.chat.completions.create(**asked, stream=True)
+            seen = [await anext(stream) for _ in range(8)]
+        async with running_worker(settings):
+            rest, code = await taken(stream)
+            whole = await waiting
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in seen if chunk.choices) + rest
+    assert code == "interrupted"
+    assert forty.startswith(text)
+    assert whole.choices[0].message.content == forty
+
+
+async def test_the_model_is_listed_and_any_other_refused(sdk: AsyncOpenAI) -> None:
+    assert [model.id async for model in sdk.models.list()] == [MODEL]
+    with pytest.raises(openai.NotFoundError) as raised:
+        await sdk.chat.completions.create(model="gpt-99", messages=question())
+    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"temperature": 9}, "temperature", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio", "unknown_parameter"),
+        ({"stream_options": {"sing": True}}, "stream_options.sing", "unknown_parameter"),
+    ],
+)
+async def test_bad_input_is_refused_in_openais_shape_with_the_field_named(
+    sdk: AsyncOpenAI, change: dict[str, Any], param: str, code: str, emulator: Emulator
+) -> None:
+    asked: Any = {"model": MODEL, "messages": question(), **change}
+    with pytest.raises(openai.BadRequestError) as raised:
+        await sdk.chat.completions.create(**asked)
+    assert (raised.value.param, raised.value.code) == (param, code)
+    assert raised.value.type == "invalid_request_error"
+    assert emulator.total == 0
+
+
+async def test_no_json_is_refused_in_openais_shape(stack: httpx2.AsyncClient) -> None:
+    response = await stack.post("/v1/chat/completions", content=b"{")
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+async def test_without_redis_the_sdk_is_told_to_try_again(
+    sdk: AsyncOpenAI, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await sdk.chat.completions.create(model=MODEL, messages=question())
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert (raised.value.status_code, raised.value.code) == (503, "redis_away")
+    assert raised.value.response.headers["retry-after"]
