@@ -2,7 +2,7 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -114,23 +114,39 @@ class Feed:
 
     async def changed(self, seconds: float, *, unless: asyncio.Future[Any]) -> bool:
         """Wait for news here or for `unless` to be done; False after `seconds` of neither."""
-        if unless.done():
-            return True
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[bool] = loop.create_future()
+        return await any_changed([self], seconds, unless=unless)
+
+    def notify(self, waiter: asyncio.Future[bool]) -> None:
+        """Settle this at the next news."""
         self._waiters.add(waiter)
-        timer = loop.call_later(seconds, settle, waiter, False)
 
-        def end(_: asyncio.Future[Any]) -> None:
-            settle(waiter, True)
+    def forget(self, waiter: asyncio.Future[bool]) -> None:
+        self._waiters.discard(waiter)
 
-        unless.add_done_callback(end)
-        try:
-            return await waiter
-        finally:
-            timer.cancel()
-            unless.remove_done_callback(end)
-            self._waiters.discard(waiter)
+
+async def any_changed(
+    feeds: Sequence[Feed], seconds: float, *, unless: asyncio.Future[Any]
+) -> bool:
+    """Wait for news in any of them or for `unless` to be done; False after `seconds` of neither."""
+    if unless.done():
+        return True
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[bool] = loop.create_future()
+    for feed in feeds:
+        feed.notify(waiter)
+    timer = loop.call_later(seconds, settle, waiter, False)
+
+    def end(_: asyncio.Future[Any]) -> None:
+        settle(waiter, True)
+
+    unless.add_done_callback(end)
+    try:
+        return await waiter
+    finally:
+        timer.cancel()
+        unless.remove_done_callback(end)
+        for feed in feeds:
+            feed.forget(waiter)
 
 
 def settle(waiter: asyncio.Future[bool], outcome: bool) -> None:

@@ -30,7 +30,7 @@ LEASES_SECONDS = 1.0
 NOTICE_SECONDS = 5.0
 """How often viewers are told that it still is so."""
 LEASE_LAPSED = b"the worker fell silent, another one is to take over"
-REDIS_AWAY = b"Redis is away, the answer goes on when it is back"
+REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it does"
 
 
 class Hub:
@@ -161,16 +161,19 @@ class Hub:
             if self.redis_away:
                 waiting, notice = set(self._feeds), REDIS_AWAY
             else:
-                try:
-                    waiting, notice = await self._log.lapsed(list(self._feeds)), LEASE_LAPSED
-                except RedisError:
-                    continue
+                waiting, notice = await self._find_lapsed()
             now = time.monotonic()
             told = {each: seconds for each, seconds in told.items() if each in waiting}
             for stream_id in waiting & self._feeds.keys():
                 if now - told.get(stream_id, -math.inf) >= NOTICE_SECONDS:
                     told[stream_id] = now
                     self._feeds[stream_id].notice(notice)
+
+    async def _find_lapsed(self) -> tuple[set[str], bytes]:
+        try:
+            return await self._log.lapsed(list(self._feeds)), LEASE_LAPSED
+        except RedisError:
+            return set(self._feeds), REDIS_AWAY
 
     # Hearing what is published.
 

@@ -12,12 +12,14 @@ from redis.exceptions import RedisError
 
 from api.chat_request import ChatRequest
 from api.hub import Hub
+from api.long_response import HEADERS
+from api.multi_viewer import Lane, MultiViewer
 from api.presence import Presence
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
-from api.viewer import HEADERS, NotNow, TextViewer, Viewer
-from api.wires import native, text
-from relay.errors import StreamGone, StreamUnknown
+from api.viewer import NotNow, TextViewer, Viewer
+from api.wires import multiplexed, native, text
+from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
 from relay.log import Log
@@ -26,6 +28,9 @@ from relay.settings import Settings
 
 logger = get_logger("api")
 router = APIRouter()
+
+MOST_STREAMS = 100
+"""On one connection: its cursor must fit into a header."""
 
 
 class Parts:
@@ -156,7 +161,13 @@ async def chat(
         )
         return JSONResponse(accepted.model_dump(), 202, headers)
 
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    try:
+        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    except RedisError:
+        # It stands, and may be cancelled or watched later.
+        response = redis_away()
+        response.headers.update(headers)
+        return response
     return viewer(
         parts.hub,
         feed,
@@ -167,6 +178,64 @@ async def chat(
         headers=headers,
         on_leave=partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None,
     )
+
+
+@router.get(
+    "/streams/events",
+    summary="Watch several streams on one connection",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The events of all, as they come. `data` begins with `stream_id`; `id` "
+            "is one cursor for all. A stream that is gone is told by a `failed` of its own.",
+            "content": {native.MEDIA_TYPE: _STREAMED[native.MEDIA_TYPE]},
+        },
+        204: {"description": "You have all of them whole."},
+        **responses(400, 404, 422, 503),
+    },
+)
+async def several(
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    ids: Annotated[str, Query(description="Ids of streams, with commas between; at most 100.")],
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
+    last_event_id: Annotated[
+        str, Header(description="The cursor: the id of the last event that you have.")
+    ] = "",
+    last_event_id_in_query: Annotated[
+        str, Query(alias="last_event_id", description="The same; the header goes first.")
+    ] = "",
+) -> Response:
+    """For browsers, which allow six connections to a host. Otherwise as one stream's events."""
+    stream_ids = list(dict.fromkeys(ids.split(",")))
+    if len(stream_ids) > MOST_STREAMS:
+        raise BadRequest(f"ids: at most {MOST_STREAMS} streams share a connection.")
+    if not all(is_stream_id(stream_id) for stream_id in stream_ids):
+        raise StreamUnknown("There is no stream with one of these ids.")
+    given = last_event_id or last_event_id_in_query
+    cursors = multiplexed.split(given, len(stream_ids))
+    try:
+        lanes = [await _lane(parts, stack, *pair) for pair in zip(stream_ids, cursors, strict=True)]
+    except RedisError:
+        if _viewer_for(accept) is Viewer:
+            return NotNow(headers=HEADERS)
+        raise
+    if given and all(lane.over or lane.feed.gone is not None for lane in lanes):
+        return Response(status_code=204)
+    return MultiViewer(
+        parts.hub,
+        lanes,
+        heartbeat_seconds=parts.settings.heartbeat_seconds,
+        write_seconds=parts.settings.write_seconds,
+        drain_seconds=parts.settings.drain_seconds,
+    )
+
+
+async def _lane(parts: Parts, stack: AsyncExitStack, stream_id: str, cursor: Cursor | None) -> Lane:
+    try:
+        return Lane(await stack.enter_async_context(parts.hub.watch(stream_id)), cursor)
+    except StreamGone as gone:
+        return Lane.of_nothing(stream_id, gone, cursor)
 
 
 @router.get(

@@ -9,10 +9,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from api.long_response import CONNECTION
 from api.routes import Parts
-from api.viewer import CONNECTION
 from relay.settings import Settings
 
 CLOSE_SECONDS = 2
@@ -61,6 +61,8 @@ class Connection(HttpToolsProtocol):
 
     _head_bytes = 0
     _in_head = True
+    _cycles: tuple[RequestResponseCycle, ...] = ()
+    """Those whose response is not complete: more than one only if the client pipelines."""
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -72,6 +74,11 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         super().connection_lost(exc)
+        # uvicorn tells the newest one alone, and an older one is the one that is being answered.
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head and self._head_bytes > HEAD_BYTES:
@@ -94,6 +101,8 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._expect_within(BODY_SECONDS)
         super().on_headers_complete()
+        open_cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles = (*open_cycles, self.cycle)
 
     def on_message_complete(self) -> None:
         self._expect_nothing()

@@ -1,49 +1,27 @@
 """A viewer: one response that follows a feed. It is an index into it and nothing more."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Iterator
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from api.feed import Feed, Wire, settle
+from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
+from api.long_response import RETRY_MS, BrokenOff, LongResponse, come_back, sent_away
 from api.problems import problem
 from api.wires import native, text
 from relay.events import CANCELLED, FAILED, STARTED, Cursor, Event
-
-HEADERS = {
-    "cache-control": "no-cache, no-transform",
-    # nginx and its like would hold the answer back until it is whole.
-    "x-accel-buffering": "no",
-}
-RETRY_MS = 1000
-COME_BACK_MS = (500, 3000)
-CONNECTION = "relay.connection"
-"""The extension in the scope by which our server offers `abort`, a function that ends the
-connection without waiting for the peer. With any other ASGI server it ends as that one does."""
-
-
-class BrokenOff(Exception):
-    """The response must not get its proper end, so that no client takes it for the whole answer."""
 
 
 class Superseded(BrokenOff):
     """What was written is no longer true, and the wire has no words to take it back."""
 
 
-def come_back() -> bytes:
-    """The last words to a viewer that is to try again, not together with all the others."""
-    return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
-
-
-class Viewer(Response):
+class Viewer(LongResponse):
     """The native wire. Takes all frames since its cursor and writes them as one body message.
 
-    It ends after the terminal event and when the log is gone, which it says in band. It is broken
-    off when this process drains, at a moment of its own; and, socket and all, when the client
-    takes nothing for `write_seconds`.
+    It ends after the terminal event and when the log is gone, which it says in band.
     """
 
     media_type = native.MEDIA_TYPE
@@ -62,38 +40,17 @@ class Viewer(Response):
         headers: dict[str, str] | None = None,
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(headers={**HEADERS, **(headers or {})})
-        # The base class has counted an empty body; a stream has no length.
-        del self.headers["content-length"]
-        self._hub = hub
+        super().__init__(
+            hub, write_seconds=write_seconds, drain_seconds=drain_seconds, headers=headers
+        )
         self._feed = feed
         self._cursor = cursor
         self._heartbeat_seconds = heartbeat_seconds
-        self._write_seconds = write_seconds
-        self._drain_seconds = drain_seconds
         self._on_leave = on_leave
         self._noticed = len(feed.notices)
-        self._parting: asyncio.TimerHandle | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = scope.get("extensions", {}).get(CONNECTION, {})
-        over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        watching = asyncio.ensure_future(_until_left(receive, over))
-        if self._hub.draining:
-            # It has only just come: it may as well go elsewhere at once.
-            settle(over, True)
-        try:
-            await self._respond(scope, receive, send, over)
-        except BrokenOff:
-            # An ASGI server closes the connection when the application returns before the end.
-            pass
-        except TimeoutError:
-            connection.get("abort", _leave_it_to_the_server)()
-        finally:
-            watching.cancel()
-            if self._parting is not None:
-                self._parting.cancel()
-        if self._on_leave is not None and not self._feed.ended and not _sent_away(over):
+    async def _left(self) -> None:
+        if self._on_leave is not None and not self._feed.ended:
             await self._on_leave()
 
     async def _respond(
@@ -130,21 +87,6 @@ class Viewer(Response):
             elif not await feed.changed(self._heartbeat_seconds, unless=over):
                 await self._write(send, self.heartbeat)
 
-    def _part_when_draining(self, over: asyncio.Future[bool]) -> None:
-        """Choose a moment of its own, so that not all viewers storm the next process at once."""
-        if self._hub.draining and self._parting is None:
-            seconds = random.uniform(0, self._drain_seconds)  # noqa: S311
-            self._parting = asyncio.get_running_loop().call_later(seconds, settle, over, True)
-
-    async def _go(self, send: Send, over: asyncio.Future[bool]) -> None:
-        """Nothing is left to say to one that left; one that is sent away is to come back."""
-        if _sent_away(over):
-            await self._write(send, self._last_words())
-            raise BrokenOff
-
-    def _last_words(self) -> bytes:
-        return come_back()
-
     def _take(self, index: int) -> tuple[bytes, int]:
         """The next piece of the body, and how many events it covers."""
         frames = self._feed.frames(self.wire, index)
@@ -162,21 +104,6 @@ class Viewer(Response):
     def _tell_gone(self, feed: Feed) -> bytes:
         assert feed.gone is not None  # noqa: S101
         return native.encode_gone(feed.gone)
-
-    async def _begin(self, send: Send) -> None:
-        start = {"type": "http.response.start"}
-        await self._send(send, {**start, "status": self.status_code, "headers": self.raw_headers})
-
-    async def _write(self, send: Send, body: bytes) -> None:
-        if body:
-            await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _end(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: Message) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send(message)
 
 
 class NotNow(Response):
@@ -253,7 +180,7 @@ class HeldViewer(Viewer):
         if last.kind == CANCELLED:
             detail = "The stream was cancelled before its first text."
             return self._refusal(409, "cancelled", detail)
-        if _sent_away(over):
+        if sent_away(over):
             detail = "Watch this stream again: another process answers."
             return self._refusal(503, "draining", detail)
         return None
@@ -296,18 +223,3 @@ class TextViewer(HeldViewer):
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
         return problem(status, code, detail, retry_seconds=1 if status == 503 else None)
-
-
-def _sent_away(over: asyncio.Future[bool]) -> bool:
-    """`over` is done when a viewer is to end: True if we let it go, False if it left."""
-    return over.done() and over.result()
-
-
-async def _until_left(receive: Receive, over: asyncio.Future[bool]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    settle(over, False)
-
-
-def _leave_it_to_the_server() -> None:
-    """It closes a connection whose application has returned, once the peer has taken the rest."""

@@ -6,10 +6,12 @@
 | relay:{id}:state | hash | attempt, next, claims, tries, owner, request, cancel, ended, … |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
+| relay:chat:{chat id} | string | ids of the stream and the message that answer there, as JSON |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
+| relay:probe | string | written now and then, to see whether Redis takes anything in |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
 | relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
 
@@ -24,6 +26,7 @@ from arq.constants import job_key_prefix
 QUEUE = "relay:queue"
 LEASES = "relay:leases"
 SWEPT = "relay:swept"
+PROBE = "relay:probe"
 WAKE = "relay:wake"
 CONTROL = "relay:control"
 
@@ -50,6 +53,10 @@ def job(stream_id: str) -> str:
 
 def idempotency(key: str) -> str:
     return f"relay:idempotency:{key}"
+
+
+def chat(chat_id: str) -> str:
+    return f"relay:chat:{chat_id}"
 
 
 def health(host: str) -> str:

@@ -166,7 +166,8 @@ class Log:
                 pipe.exists(keys.log(stream_id))
                 pipe.xrange(keys.log(stream_id), start, "+", count=_PAGE)
                 exists, page = await pipe.execute()
-            if not exists:
+            # An erase may come between the two.
+            if not exists or (not page and start == "-"):
                 raise StreamGone(GONE)
             events += [_event(entry_id, fields) for entry_id, fields in page]
             if len(page) < _PAGE:
@@ -200,13 +201,15 @@ class Log:
         )
 
     async def lapsed(self, stream_ids: Sequence[str]) -> set[str]:
-        """Those of these streams whose worker let its lease lapse, and which no sweep found yet."""
+        """Those of these streams whose worker let its lease lapse, and which no sweep found yet.
+        Raises RedisError also where Redis answers but takes nothing in."""
         if not stream_ids:
             return set()
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
             pipe.zmscore(keys.LEASES, list(stream_ids))
-            (seconds, micros), until = await pipe.execute()
+            pipe.set(keys.PROBE, 1, ex=PROBE_SECONDS)
+            (seconds, micros), until, _ = await pipe.execute()
         now_ms = seconds * 1000 + micros / 1000
         leases = zip(stream_ids, until, strict=True)
         return {each for each, end_ms in leases if end_ms is not None and end_ms < now_ms}
@@ -262,6 +265,7 @@ class Log:
             await pipe.execute()
 
 
+PROBE_SECONDS = 60
 VIEWERS_SECONDS = 60
 """How long a report of viewers counts; a process that died stops counting after that."""
 

@@ -398,6 +398,42 @@ async def test_who_died_in_an_outage_of_redis_is_swept_a_lease_after_it(
     assert swept == [(stream_id, "")]
 
 
+async def test_late_sweeps_do_not_keep_a_dead_workers_lease_for_ever(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    [stream_id] = await create(log)
+    await claims.claim(1)
+    await claims.sweep()
+    swept: list[Released] = []
+    for _ in range(4):
+        await pass_without_a_sweep(redis, 3_000)
+        swept += await claims.sweep()
+    assert swept == [(stream_id, "")]
+
+
+async def test_a_clock_that_is_set_back_keeps_no_dead_workers_lease(
+    redis: Redis, log: Log, claims: Claims
+) -> None:
+    [stream_id] = await create(log)
+    await claims.claim(1)
+    await claims.sweep()
+    await pass_without_a_sweep(redis, -3_600_000)
+    swept = await claims.sweep()
+    await pass_without_a_sweep(redis, 2_000)
+    swept += await claims.sweep()
+    await pass_without_a_sweep(redis, 3_100)
+    swept += await claims.sweep()
+    assert swept == [(stream_id, "")]
+
+
+async def pass_without_a_sweep(redis: Redis, milliseconds: int) -> None:
+    """Redis' clock cannot be turned, so what it is compared with is."""
+    mark = int(await redis.get(keys.SWEPT) or 0)
+    await redis.set(keys.SWEPT, mark - milliseconds)
+    for stream_id, end_ms in await redis.zrange(keys.LEASES, 0, -1, withscores=True):
+        await redis.zadd(keys.LEASES, {stream_id: end_ms - milliseconds})
+
+
 async def swept_ago(redis: Redis, milliseconds: int) -> None:
     seconds, micros = await redis.time()
     await redis.set(keys.SWEPT, seconds * 1000 + micros // 1000 - milliseconds)
@@ -427,6 +463,16 @@ async def test_with_its_memory_full_redis_still_renews_leases(
     assert await claims.renew([claim]) == ["held"]
     [(_, until)] = await redis.zrange(keys.LEASES, 0, -1, withscores=True)
     assert until > 1
+
+
+async def test_with_its_memory_full_redis_still_sweeps(
+    redis: Redis, log: Log, claims: Claims, full: Callable[[], Awaitable[Any]]
+) -> None:
+    [stream_id] = await create(log)
+    [claim] = await claims.claim(1)
+    await lapse(redis, claim)
+    await full()
+    assert await claims.sweep() == [(stream_id, "")]
 
 
 async def test_with_its_memory_full_redis_takes_an_append_whole_or_not_at_all(

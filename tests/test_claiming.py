@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from emulator.app import Emulator, Record
 from relay import keys
 from relay.chunks import Compactor
+from relay.claim import Claim, Claims
 from relay.errors import StreamGone
 from relay.events import Event, text_of
 from relay.log import Log
@@ -433,6 +434,32 @@ async def test_a_worker_that_shuts_down_takes_no_wake_up_from_the_others(
             # And what it had is finished by it.
             events = await whole(redis, log, first)
             assert kinds(events) == ["queued", "started", "completed"]
+
+
+async def test_what_a_worker_claims_at_the_moment_of_its_signal_is_finished_by_it(
+    redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to its claim is under way: it holds a job and does not know it."""
+    on_the_wire, arrive = asyncio.Event(), asyncio.Event()
+    ask_redis = Claims.claim
+
+    async def claim(self: Claims, want: int) -> list[Claim]:
+        claims = await ask_redis(self, want)
+        if claims:
+            on_the_wire.set()
+            await arrive.wait()
+        return claims
+
+    monkeypatch.setattr("relay.claim.Claims.claim", claim)
+    async with running_worker(changed(settings, **LONG)) as worker:
+        stream_id = await create(log, chunks=3)
+        async with asyncio.timeout(5):
+            await on_the_wire.wait()
+        worker.handle_sig_wait_for_completion(signal.SIGTERM)
+        # Longer than arq looks whether anything is left to wait for.
+        await asyncio.sleep(0.3)
+        arrive.set()
+        assert kinds(await whole(redis, log, stream_id)) == ["queued", "started", "completed"]
 
 
 async def test_a_worker_that_is_told_twice_to_end_does_not_wait(

@@ -157,11 +157,14 @@ async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again
         assert (again[-1].event, text_of(again)) == ("completed", "0 1 2 ")
 
 
-async def test_viewers_are_told_that_redis_is_away(server: RedisServer, settings: Settings) -> None:
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_viewers_are_told_that_redis_is_away_or_takes_nothing_in(
+    outage: Any, server: RedisServer, settings: Settings
+) -> None:
     async with running_api(settings) as http:
         stream_id = await ask(http, chunks=1)
         events = f"/streams/{stream_id}/events"
-        async with http.stream("GET", events) as response, frozen(server), asyncio.timeout(10):
+        async with http.stream("GET", events) as response, outage(server), asyncio.timeout(10):
             assert ": Redis is away" in "\n".join([line async for line in until_comment(response)])
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import httpx2
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from relay.ids import new_stream_id
+from relay.ids import is_stream_id, new_stream_id
 from relay.settings import MIB, Settings
 from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
 
@@ -253,6 +254,19 @@ async def test_redis_away_is_503_at_once_and_over_when_it_is_back(
     assert (await api.get(f"/streams/{stream_id}")).status_code == 200
 
 
+async def test_who_cannot_watch_what_it_created_is_told_its_id(
+    api: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> None:
+        raise RedisConnectionError
+
+    monkeypatch.setattr("relay.log.Log.read", away)
+    headers = {"accept": "text/event-stream"}
+    response = await api.post("/chat", json=asking(), headers=headers)
+    assert code(response, 503) == "redis_away"
+    assert is_stream_id(response.headers["x-stream-id"])
+
+
 async def test_health_and_readiness(api: httpx2.AsyncClient) -> None:
     assert (await api.get("/healthz")).json() == {"status": "ok"}
     assert (await api.get("/readyz")).json() == {"status": "ok"}
@@ -276,6 +290,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/streams/{stream_id}",
         "/streams/{stream_id}/events",
         "/streams/{stream_id}/cancel",
+        "/streams/events",
         "/v1/chat/completions",
         "/v1/models",
         "/healthz",

@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.feed import FRAMES_AT_ONCE, Feed
 from api.hub import Hub
-from api.viewer import CONNECTION, TextViewer, Viewer
+from api.long_response import CONNECTION
+from api.viewer import TextViewer, Viewer
 from relay.errors import StreamGone
 from relay.events import (
     CANCELLED,
@@ -181,6 +182,25 @@ async def test_one_that_left_is_asked_about_unless_the_stream_had_ended(hub: Hub
         async with viewing(leaving) as taker:
             await taker.has(b"completed" if ended else b"started")
     assert asked == ["left"]
+
+
+async def test_one_whose_text_is_no_longer_true_is_broken_off_and_has_not_left(hub: Hub) -> None:
+    asked: list[str] = []
+
+    async def on_leave() -> None:
+        asked.append("left")
+
+    log = Log()
+    log.add(STARTS, *text("half"))
+    watching = TextViewer(
+        hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, on_leave=on_leave
+    )
+    async with viewing(watching) as taker:
+        await taker.has(b"half")
+        log.begin_anew()
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+    assert asked == []
 
 
 async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:

@@ -112,6 +112,8 @@ class ClaimingWorker(Worker):
             if not task.cancelling():
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for job in list(self._held.values()):  # Cancelled before its first step, it did not do so.
+            await self._hand_over(job.claim)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.pool.aclose(close_connection_pool=True)
@@ -125,10 +127,8 @@ class ClaimingWorker(Worker):
                 await self._slot_free.wait()
                 continue
             try:
-                claims = await self._claims.claim(free)
-                for claim in claims:
-                    self._begin(claim)
-                if len(claims) < free and self.allow_pick_jobs:
+                taken = await self._claim(free)
+                if taken < free and self.allow_pick_jobs:
                     self._waiting = True
                     await self._claims.wake(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
@@ -136,6 +136,18 @@ class ClaimingWorker(Worker):
                 await asyncio.sleep(REDIS_RETRY_SECONDS)
             finally:
                 self._waiting = False
+
+    async def _claim(self, want: int) -> int:
+        """Take up to `want` jobs and begin them. At SIGTERM arq waits for its tasks, and so for a
+        claim that is on the wire: without an owner that knows of it, its jobs would be lost."""
+        claiming = self.tasks["claim"] = self.loop.create_task(self._claims.claim(want))
+        try:
+            claims = await claiming
+            for claim in claims:
+                self._begin(claim)
+            return len(claims)
+        finally:
+            del self.tasks["claim"]
 
     def _begin(self, claim: Claim) -> None:
         logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt)

@@ -9,14 +9,19 @@ local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tr
   handed_id, handed_owner = unpack(ARGV)
 local now = now_ms()
 
--- The time in which nobody swept does not count: Redis was away, and nobody could renew either.
--- Whoever lives now has one more lease to say so.
+-- The time in which nobody swept does not count: Redis was away, and nobody could renew either. (Or
+-- its clock was set, and no lease means anything.) Whoever lives now has one more lease to say so, and
+-- no more than one: that lease ends on half a millisecond, which tells it from those of the living.
 local function sweepable()
   local last = tonumber(redis.call('GET', mark) or now)
+  redis.call('DEL', mark)
   redis.call('SET', mark, now)
-  if now - last > lease_ms / 2 then
-    for _, id in ipairs(redis.call('ZRANGE', leases, 0, -1)) do
-      redis.call('ZADD', leases, 'XX', now + lease_ms, id)
+  if math.abs(now - last) > lease_ms / 2 then
+    local held = redis.call('ZRANGE', leases, 0, -1, 'WITHSCORES')
+    for i = 1, #held, 2 do
+      if tonumber(held[i + 1]) % 1 == 0 then
+        redis.call('ZADD', leases, now + lease_ms + 0.5, held[i])
+      end
     end
   end
   return redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)

@@ -1,0 +1,134 @@
+"""A response that goes on until something ends it: what every viewer does, whatever it shows."""
+
+import asyncio
+import random
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from api.feed import settle
+from api.hub import Hub
+from api.wires import native
+
+HEADERS = {
+    "cache-control": "no-cache, no-transform",
+    # nginx and its like would hold the answer back until it is whole.
+    "x-accel-buffering": "no",
+}
+RETRY_MS = 1000
+COME_BACK_MS = (500, 3000)
+CONNECTION = "relay.connection"
+"""The extension in the scope by which our server offers `abort`, a function that ends the
+connection without waiting for the peer. With any other ASGI server it ends as that one does."""
+
+
+class BrokenOff(Exception):
+    """The response must not get its proper end, so that no client takes it for the whole answer."""
+
+
+def come_back() -> bytes:
+    """The last words to a viewer that is to try again, not together with all the others."""
+    return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
+
+
+class LongResponse(Response):
+    """It ends by itself; broken off when this process drains, at a moment of its own; and, socket
+    and all, when the client takes nothing for `write_seconds`."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        write_seconds: float,
+        drain_seconds: float = 0.0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={**HEADERS, **(headers or {})})
+        # The base class has counted an empty body; a stream has no length.
+        del self.headers["content-length"]
+        self._hub = hub
+        self._write_seconds = write_seconds
+        self._drain_seconds = drain_seconds
+        self._parting: asyncio.TimerHandle | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = scope.get("extensions", {}).get(CONNECTION, {})
+        over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        watching = asyncio.ensure_future(_until_left(receive, over))
+        if self._hub.draining:
+            # It has only just come: it may as well go elsewhere at once.
+            settle(over, True)
+        try:
+            await self._respond(scope, receive, send, over)
+        except BrokenOff:
+            # An ASGI server closes the connection when the application returns before the end.
+            pass
+        except TimeoutError:
+            connection.get("abort", _leave_it_to_the_server)()
+            settle(over, False)
+        finally:
+            watching.cancel()
+            if self._parting is not None:
+                self._parting.cancel()
+        if over.done() and not over.result():
+            await self._left()
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+    ) -> None:
+        """The whole response. `over` is done when it is to end: True if the client is sent away,
+        False if it has left."""
+        raise NotImplementedError
+
+    async def _left(self) -> None:
+        """The client has left before the end, or takes nothing more."""
+
+    def _part_when_draining(self, over: asyncio.Future[bool]) -> None:
+        """Choose a moment of its own, so that not all viewers storm the next process at once."""
+        if self._hub.draining and self._parting is None:
+            seconds = random.uniform(0, self._drain_seconds)  # noqa: S311
+            self._parting = asyncio.get_running_loop().call_later(seconds, settle, over, True)
+
+    async def _go(self, send: Send, over: asyncio.Future[bool]) -> None:
+        """Nothing is left to say to one that left; one that is sent away is to come back."""
+        if sent_away(over):
+            await self._write(send, self._last_words())
+            raise BrokenOff
+
+    def _last_words(self) -> bytes:
+        return come_back()
+
+    async def _begin(self, send: Send) -> None:
+        start = {"type": "http.response.start"}
+        await self._send(send, {**start, "status": self.status_code, "headers": self.raw_headers})
+
+    async def _write(self, send: Send, body: bytes) -> None:
+        if body:
+            await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _end(self, send: Send) -> None:
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        async with asyncio.timeout(self._write_seconds):
+            await send(message)
+
+
+def sent_away(over: asyncio.Future[bool]) -> bool:
+    """What `over` says of a viewer that is to end."""
+    return over.done() and over.result()
+
+
+async def _until_left(receive: Receive, over: asyncio.Future[bool]) -> None:
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except HTTPException:
+        # A body that nobody asked for, and too long: nothing can be heard behind it.
+        pass
+    settle(over, False)
+
+
+def _leave_it_to_the_server() -> None:
+    """It closes a connection whose application has returned, once the peer has taken the rest."""

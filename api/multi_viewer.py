@@ -1,0 +1,108 @@
+"""A viewer of several streams on one connection: browsers allow six to a host."""
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.types import Receive, Scope, Send
+
+from api.feed import Feed, any_changed
+from api.hub import Hub
+from api.long_response import RETRY_MS, LongResponse
+from api.wires import multiplexed, native
+from relay.errors import StreamGone
+from relay.events import Cursor
+
+EVENTS_AT_ONCE = 64
+"""Of one stream for one write."""
+
+
+class Lane:
+    """Where a viewer is in one of its streams."""
+
+    def __init__(self, feed: Feed, cursor: Cursor | None) -> None:
+        self.feed = feed
+        self.cursor = cursor
+        self.told_gone = False
+        self._index: int | None = None
+        self._noticed = len(feed.notices)
+
+    @classmethod
+    def of_nothing(cls, stream_id: str, gone: StreamGone, cursor: Cursor | None) -> "Lane":
+        feed = Feed(stream_id)
+        feed.end_as_gone(gone)
+        return cls(feed, cursor)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be said of it."""
+        if self.feed.gone is not None:
+            return self.told_gone
+        return self.feed.ended and self.cursor == self.feed.top
+
+    def take(self, lanes: Sequence["Lane"]) -> bytes:
+        """What is new, as frames, some at a time; each has the cursors of all `lanes`."""
+        if self.feed.gone is not None:
+            return self._tell_gone(self.feed.gone)
+        if self._index is None and (self.cursor is None or self.feed.reaches(self.cursor)):
+            self._index = self.feed.position(self.cursor)
+        parts = self._notices()
+        if self._index is not None:
+            events = self.feed.events[self._index : self._index + EVENTS_AT_ONCE]
+            self._index += len(events)
+            for event in events:
+                self.cursor = event.cursor
+                cursors = [lane.cursor for lane in lanes]
+                parts.append(multiplexed.encode(event, self.feed.stream_id, cursors))
+        return b"".join(parts)
+
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        if self.told_gone:
+            return b""
+        self.told_gone = True
+        return multiplexed.encode_gone(gone, self.feed.stream_id)
+
+    def _notices(self) -> list[bytes]:
+        fresh = self.feed.notices[self._noticed :]
+        self._noticed += len(fresh)
+        return [native.comment(notice) for notice in fresh]
+
+
+class MultiViewer(LongResponse):
+    """Ends when every stream has ended or is gone. It has the bounds of a viewer of one."""
+
+    media_type = native.MEDIA_TYPE
+
+    def __init__(
+        self,
+        hub: Hub,
+        lanes: list[Lane],
+        *,
+        heartbeat_seconds: float,
+        write_seconds: float,
+        drain_seconds: float,
+    ) -> None:
+        super().__init__(hub, write_seconds=write_seconds, drain_seconds=drain_seconds)
+        self._lanes = lanes
+        self._heartbeat_seconds = heartbeat_seconds
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+    ) -> None:
+        await self._begin(send)
+        await self._write(send, native.retry(RETRY_MS))
+        while not all(lane.over for lane in self._lanes):
+            if over.done():
+                await self._go(send, over)
+                return
+            self._part_when_draining(over)
+            news = [piece for lane in self._lanes if (piece := lane.take(self._lanes))]
+            for piece in news:
+                await self._write(send, piece)
+            if not news:
+                await self._wait(send, over)
+        await self._end(send)
+
+    async def _wait(self, send: Send, over: asyncio.Future[bool]) -> None:
+        feeds = [lane.feed for lane in self._lanes if not lane.over]
+        if not await any_changed(feeds, self._heartbeat_seconds, unless=over):
+            await self._write(send, native.HEARTBEAT)

@@ -1,0 +1,143 @@
+"""Several streams on one connection, to the ends of all."""
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from api.wires import multiplexed
+from relay.errors import MalformedCursor, StreamGone
+from relay.events import Cursor, Event
+from relay.ids import new_stream_id
+from relay.settings import Settings
+from tests.conftest import ask, running_api, running_worker, text_of
+
+URL = "/streams/events"
+
+
+def test_a_frame_names_its_stream_and_has_the_cursors_of_all() -> None:
+    event = Event(Cursor(1, 2), "t", b'"a\\nb"')
+    frame = multiplexed.encode(event, "S", [Cursor(1, 2), None, Cursor(0, 1)])
+    assert frame == b'id: 1-2..0-1\nevent: chunk\ndata: {"stream_id":"S","text":"a\\nb"}\n\n'
+    frame = multiplexed.encode(Event(Cursor(0, 1), "queued", b"{}"), "S", [Cursor(0, 1)])
+    assert frame == b'id: 0-1\nevent: queued\ndata: {"stream_id":"S"}\n\n'
+    frame = multiplexed.encode_gone(StreamGone("It is gone."), "S")
+    assert frame.startswith(b'event: failed\ndata: {"stream_id":"S","code":"stream_gone"')
+
+
+@pytest.mark.parametrize("cursors", [[None], [Cursor(1, 2)], [None, Cursor(3, 4), None]])
+def test_a_cursor_of_several_is_read_as_it_was_written(cursors: list[Cursor | None]) -> None:
+    assert multiplexed.split(multiplexed.join(cursors), len(cursors)) == cursors
+
+
+@pytest.mark.parametrize("text", ["1-1", "1-1.1-1.1-1", "a.b", ".x", "1-1 .1-1"])
+def test_a_cursor_that_was_never_handed_out_is_refused(text: str) -> None:
+    with pytest.raises(MalformedCursor):
+        multiplexed.split(text, 2)
+
+
+async def events(
+    http: httpx2.AsyncClient, ids: list[str], after: str = "", most: int = 10**9
+) -> list[httpx2.ServerSentEvent]:
+    """Up to the end, or some."""
+    headers = {"last-event-id": after} if after else {}
+    seen: list[httpx2.ServerSentEvent] = []
+    async with http.sse(URL, params={"ids": ",".join(ids)}, headers=headers) as source:
+        async for event in source:
+            if event.data:
+                seen.append(event)
+            if len(seen) == most:
+                break
+    return seen
+
+
+def of(stream_id: str, seen: list[httpx2.ServerSentEvent]) -> list[httpx2.ServerSentEvent]:
+    return [event for event in seen if data(event)["stream_id"] == stream_id]
+
+
+def data(event: httpx2.ServerSentEvent) -> Any:
+    return json.loads(event.data)
+
+
+async def test_each_stream_comes_whole_and_the_connection_ends_with_the_last(
+    stack: httpx2.AsyncClient,
+) -> None:
+    counts = [3, 20, 8]
+    ids = [await ask(stack, chunks=count, delay_ms=5) for count in counts]
+    seen = await events(stack, ids)
+    for stream_id, count in zip(ids, counts, strict=True):
+        own = of(stream_id, seen)
+        assert text_of(own) == "".join(f"{n} " for n in range(count))
+        assert [event.event for event in own][-1] == "completed"
+
+
+async def test_one_cursor_resumes_all_of_them_whenever_it_was_taken(
+    stack: httpx2.AsyncClient,
+) -> None:
+    ids = [await ask(stack, chunks=15, delay_ms=5) for _ in range(3)]
+    seen = await events(stack, ids, most=7)
+    for most in (1, 9, 10**9):
+        seen += await events(stack, ids, after=seen[-1].id, most=most)
+    for stream_id in ids:
+        own = of(stream_id, seen)
+        assert text_of(own) == "".join(f"{n} " for n in range(15))
+        assert [event.event for event in own].count("started") == 1
+        assert len({event.id for event in own}) == len(own)
+    response = await stack.get(
+        URL, params={"ids": ",".join(ids)}, headers={"last-event-id": seen[-1].id}
+    )
+    assert response.status_code == 204
+
+
+async def test_a_stream_that_is_gone_is_told_and_holds_up_no_other(
+    stack: httpx2.AsyncClient,
+) -> None:
+    gone, alive = new_stream_id(), await ask(stack, chunks=3)
+    seen = await events(stack, [gone, alive])
+    [end] = of(gone, seen)
+    assert (end.event, data(end)["code"]) == ("failed", "stream_gone")
+    assert text_of(of(alive, seen)) == "0 1 2 "
+    # Whoever comes back with what there was has it all.
+    params = {"ids": f"{gone},{alive}", "last_event_id": of(alive, seen)[-1].id}
+    assert (await stack.get(URL, params=params)).status_code == 204
+
+
+async def test_a_stream_erased_under_its_viewers_is_told(stack: httpx2.AsyncClient) -> None:
+    ids = [await ask(stack, chunks=1, end="stall"), await ask(stack, chunks=2)]
+    seen: list[httpx2.ServerSentEvent] = []
+    async with stack.sse(URL, params={"ids": ",".join(ids)}) as source:
+        async for event in source:
+            if event.data:
+                seen.append(event)
+            if event.event == "completed":
+                await stack.delete(f"/streams/{ids[0]}")
+    assert data(of(ids[0], seen)[-1])["code"] == "stream_gone"
+    assert text_of(of(ids[1], seen)) == "0 1 "
+
+
+async def test_viewers_of_several_live_through_a_restart_of_the_api(settings: Settings) -> None:
+    async with running_worker(settings):
+        async with running_api(settings) as http:
+            ids = [await ask(http, chunks=30, delay_ms=20) for _ in range(2)]
+            seen = await events(http, ids, most=9)
+        async with running_api(settings) as http:
+            seen += await events(http, ids, after=seen[-1].id)
+    for stream_id in ids:
+        assert text_of(of(stream_id, seen)) == "".join(f"{n} " for n in range(30))
+
+
+@pytest.mark.parametrize(
+    ("params", "status"),
+    [
+        ({"ids": "nobody"}, 404),
+        ({"ids": ""}, 404),
+        ({}, 422),
+        ({"ids": ",".join(new_stream_id() for _ in range(101))}, 422),
+        ({"ids": new_stream_id(), "last_event_id": "1-1.1-1"}, 400),
+    ],
+)
+async def test_bad_input_is_refused(
+    api: httpx2.AsyncClient, params: dict[str, str], status: int
+) -> None:
+    assert (await api.get(URL, params=params)).status_code == status
