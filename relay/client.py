@@ -16,6 +16,7 @@ from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, join_t
 
 SILENCE_SECONDS = 45.0
 """Three heartbeats: a connection that is silent for longer is dead."""
+CHUNK = "chunk"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 10.0
 
@@ -36,7 +37,7 @@ class Unreachable(RelayError):
 
 
 class Corrupt(RelayError):
-    """The text does not have the hash that the terminal event tells: never show it as whole."""
+    """The answer has not the hash or the number of chunks that its end tells: it is not whole."""
 
     code = "corrupt"
 
@@ -91,17 +92,13 @@ class Client:
 
         Raises Refused (unknown, gone), Unreachable, or Corrupt.
         """
-        cursor, texts, failures = "", [""], 0
+        cursor, taken, failures = "", _Taken(), 0
         while True:
             try:
                 for event in self._events(stream_id, cursor):
                     cursor, failures = event.id or cursor, 0
                     update = _update(event)
-                    if update.kind == STARTED:
-                        texts.clear()
-                    texts.append(update.text)
-                    if update.kind == COMPLETED:
-                        _verify(texts, update.data)
+                    taken.add(update)
                     yield update
                     if update.kind in TERMINAL:
                         return
@@ -151,10 +148,24 @@ def _update(event: httpx2.ServerSentEvent) -> Update:
     return Update(event.event, str(data.get("text") or ""), data)
 
 
-def _verify(texts: list[str], data: dict[str, Any]) -> None:
-    digest = hashlib.sha256(join_text(texts).encode()).hexdigest()
-    if data.get("sha256", digest) != digest:
-        raise Corrupt("The answer arrived damaged: watch the stream again from its beginning.")
+class _Taken:
+    """What came since the newest `started`, to be held against what the end says of it."""
+
+    def __init__(self) -> None:
+        self.chunks = 0
+        self.texts = [""]
+
+    def add(self, update: Update) -> None:
+        """Raises Corrupt with the end of an answer that is not what was sent."""
+        if update.kind == STARTED:
+            self.chunks, self.texts = 0, [""]
+        self.chunks += update.kind == CHUNK
+        self.texts.append(update.text)
+        if update.kind == COMPLETED:
+            digest = hashlib.sha256(join_text(self.texts).encode()).hexdigest()
+            said = (update.data.get("chunks", self.chunks), update.data.get("sha256", digest))
+            if said != (self.chunks, digest):
+                raise Corrupt("The answer arrived damaged: watch it again from its beginning.")
 
 
 def _refused(response: httpx2.Response) -> Refused:
