@@ -30,9 +30,10 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Time to the first token, through the relay and directly, side by side.
+# Time to the first token, through the relay and directly; and what a viewer that never reads costs.
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.first_token
+	$(BIN)/python -m bench.slow_viewer
 
 lock: $(VENV)/installed-dev
 	sh requirements/lock.sh $(BIN)

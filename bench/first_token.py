@@ -10,17 +10,14 @@ import asyncio
 import os
 import statistics
 import sys
-import tempfile
 import time
-from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import httpx2
 from openai import AsyncAzureOpenAI
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from cli.up import answers_at, free_port
+from bench.stack import running
 from emulator.script import prompt
 
 MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": prompt(chunks=20, delay_ms=2)}
@@ -28,7 +25,7 @@ BODY = {"messages": [MESSAGE]}
 
 
 async def main(rounds: int) -> None:
-    async with _running() as (upstream, relay):
+    async with running() as (upstream, relay):
         sdk = AsyncAzureOpenAI(
             azure_endpoint=upstream, api_key="k", api_version="2024-10-21", max_retries=0
         )
@@ -86,37 +83,6 @@ async def _first_text(source: httpx2.EventSource, begun: float) -> float:
         if not first and event.event == "chunk" and '"text"' in event.data:
             first = time.perf_counter() - begun
     return first
-
-
-@asynccontextmanager
-async def _running() -> AsyncIterator[tuple[str, str]]:
-    """The emulated upstream and the relay in front of it: their URLs."""
-    port = free_port("127.0.0.1", 0)
-    emulator = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "emulator", "--port", "0", stdout=PIPE
-    )
-    assert emulator.stdout is not None
-    upstream = (await emulator.stdout.readline()).decode().split()[-1]
-    with tempfile.TemporaryDirectory() as data:
-        relay = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "cli", "up", "--port", str(port), "--data", data),
-            env={
-                **os.environ,
-                "AZURE_OPENAI_ENDPOINT": upstream,
-                "AZURE_OPENAI_KEY": "k",
-                "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
-            },
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            await answers_at(f"{url}/readyz")(relay)
-            yield upstream, url
-        finally:
-            for process in (relay, emulator):
-                process.terminate()
-                await process.wait()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Script:
     text: list[str] | None = None
     stamp: bool = False
     """Each of the `chunks` is "<number>:<time.monotonic_ns()> ", taken as it is written."""
+    pad: Count = 0
+    """So many letters more in each of them."""
     label: bool = False
     """Each of the `chunks` is "<request>.<number> ": which upstream request it is from."""
     surrogate: bool = False
@@ -97,12 +99,14 @@ class Script:
             silent = self.surrogate or self.refusal is not None or self.tool_calls is not None
             count = self.chunks if self.chunks is not None else 0 if silent else 16
             for number in range(count):
-                if self.label:
-                    yield f"{request}.{number} "
-                else:
-                    yield f"{number}:{time.monotonic_ns()} " if self.stamp else f"{number} "
+                yield self._numbered(number, request) + "x" * self.pad
         if self.surrogate:
             yield from ("\ud83d", "\ude00")
+
+    def _numbered(self, number: int, request: int) -> str:
+        if self.label:
+            return f"{request}.{number} "
+        return f"{number}:{time.monotonic_ns()} " if self.stamp else f"{number} "
 
 
 def prompt(**fields: Any) -> str:
