@@ -5,13 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: up test test-browser chaos check format bench lock clean
+.PHONY: up test test-browser test-clients chaos check format bench lock clean
 
 up: $(VENV)/installed
 	@exec $(BIN)/relay up
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+# Needs Node 20 or newer, with npm.
+test-clients: $(VENV)/installed-dev
+	cd tests/clients && npm ci --no-audit --no-fund --loglevel=error
+	$(BIN)/python -m pytest -m clients
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest -m browser

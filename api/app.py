@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from api import chat_completions, page, problems
+from api import ai_sdk, chat_completions, page, problems, responses
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
@@ -74,6 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(router)
     app.include_router(chat_completions.router)
+    app.include_router(responses.router)
+    app.include_router(ai_sdk.router)
     app.router.routes.extend(page.routes())
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
     if settings.cors_origins:

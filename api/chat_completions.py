@@ -12,7 +12,7 @@ from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.problems import REDIS_AWAY_DETAIL
-from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly, until_ended
 from api.viewer import HeldViewer, Superseded
 from api.wires import chat_completions as codec
 from relay.events import CANCELLED, COMPLETED, FAILED, to_json
@@ -20,9 +20,6 @@ from relay.logs import get_logger
 
 logger = get_logger("api")
 router = APIRouter(prefix="/v1", route_class=OpenAIRoute)
-
-ANY_MODEL = "chat-relay"
-"""The model's public name where this process does not know the upstream's."""
 
 
 class ChatCompletionViewer(HeldViewer):
@@ -56,7 +53,7 @@ class WithUsage(ChatCompletionViewer):
 @router.get("/models", summary="List the model")
 async def models(parts: PartsOfApp) -> dict[str, Any]:
     """The one that this server answers with."""
-    model = {"id": _model(parts), "object": "model", "created": 0, "owned_by": "chat-relay"}
+    model = {"id": parts.model, "object": "model", "created": 0, "owned_by": "chat-relay"}
     return {"object": "list", "data": [model]}
 
 
@@ -84,8 +81,8 @@ async def create(
 ) -> Response:
     """Queue a job and answer with what the model says. Dropping the connection does not stop the
     answer, unless X-On-Disconnect asks for it."""
-    if body.model != _model(parts):
-        message = f"There is no model {body.model!r} here: use {_model(parts)!r}."
+    if body.model != parts.model:
+        message = f"There is no model {body.model!r} here: use {parts.model!r}."
         return refusal(404, "model_not_found", message, param="model")
     if parts.hub.redis_away:
         return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
@@ -115,12 +112,7 @@ async def _whole(
     request: Request, parts: Parts, feed: Feed, on_leave: Callable[[], Awaitable[None]] | None
 ) -> Response:
     """The answer as one object, however many attempts it took."""
-    left = asyncio.ensure_future(_left(request))
-    try:
-        while not (feed.ended or left.done() or parts.hub.draining):
-            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
-    finally:
-        left.cancel()
+    await until_ended(request, parts, feed)
     response = _response(feed)
     response.headers["x-stream-id"] = feed.stream_id
     if not feed.ended and not parts.hub.draining and on_leave is not None:
@@ -138,13 +130,3 @@ def _response(feed: Feed) -> Response:
         value = {"code": CANCELLED, "message": "The answer was cancelled.", **last.value()}
         return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
     return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _model(parts: Parts) -> str:
-    upstream = parts.settings.upstream
-    return upstream.model if upstream else ANY_MODEL

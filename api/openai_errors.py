@@ -87,7 +87,7 @@ def _invalid(failure: RequestValidationError) -> Response:
     if first["type"] == "json_invalid" or first["loc"] == ("body",):
         message = "Send one JSON object as the body, with content-type: application/json."
         return refusal(400, "invalid_json", message)
-    names = [str(part) for part in first["loc"] if part not in {"body", "header"}]
+    names = [str(part) for part in first["loc"] if part not in {"body", "header", "query"}]
     param = ".".join(names)
     unknown = first["type"] == "extra_forbidden"
     code = "unknown_parameter" if unknown else "invalid_value"

@@ -134,7 +134,9 @@ def described(app: FastAPI) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     for methods in document["paths"].values():
         for operation in methods.values():
-            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+            content = operation["responses"].get("422", {}).get("content", {})
+            schema = content.get("application/json", {}).get("schema", {})
+            if schema.get("$ref", "").endswith("/HTTPValidationError"):
                 del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)

@@ -1,5 +1,6 @@
 """The native API."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from functools import partial
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 
 from api.chat_request import ChatRequest
+from api.feed import Feed
 from api.hub import Hub
 from api.long_response import HEADERS
 from api.multi_viewer import Lane, MultiViewer
@@ -29,6 +31,7 @@ from relay.settings import Settings
 logger = get_logger("api")
 router = APIRouter()
 
+ANY_MODEL = "chat-relay"
 MOST_STREAMS = 100
 """On one connection: its cursor must fit into a header."""
 
@@ -41,6 +44,12 @@ class Parts:
         self.log = log
         self.hub = hub
         self.presence = presence
+
+    @property
+    def model(self) -> str:
+        """The public name of the one model: the upstream's, where this process knows it."""
+        upstream = self.settings.upstream
+        return upstream.model if upstream else ANY_MODEL
 
 
 class Accepted(BaseModel):
@@ -355,6 +364,21 @@ async def cancel_quietly(parts: Parts, stream_id: str) -> None:
         await parts.log.cancel(stream_id)
     except (RedisError, StreamGone) as error:
         logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
+
+
+async def until_ended(request: Request, parts: Parts, feed: Feed) -> None:
+    """Return when the answer has ended, the client has left, or this process drains."""
+    left = asyncio.ensure_future(_left(request))
+    try:
+        while not (feed.ended or left.done() or parts.hub.draining):
+            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
+    finally:
+        left.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

@@ -6,7 +6,7 @@
 | relay:{id}:state | hash | attempt, next, claims, tries, owner, request, cancel, ended, … |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
-| relay:chat:{chat id} | string | ids of the stream and the message that answer there, as JSON |
+| relay:chat:{chat id} | string | id of the stream that last began to answer there |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |

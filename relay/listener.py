@@ -1,7 +1,6 @@
 """A listener: one pub/sub connection that is kept up."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -91,16 +90,18 @@ class Listener:
         self.away = False
 
     async def _hear(self, pubsub: PubSub) -> None:
-        heard = time.monotonic()
+        silences = 0
         while True:
             message = await pubsub.get_message(timeout=SILENCE_SECONDS)
             if message is not None:
-                heard = time.monotonic()
+                silences = 0
                 if message["type"] == "message":
                     self._on_message(message["channel"].decode(), message["data"])
                 elif message["type"] == "subscribe":
                     self._on_subscribed(message["channel"].decode())
-            elif time.monotonic() - heard < 2 * SILENCE_SECONDS:
+            elif silences == 0:
+                # Counted, not timed: a loop that was busy for long has only not looked.
+                silences = 1
                 await pubsub.ping()
             else:
                 self.away = True

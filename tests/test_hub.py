@@ -312,7 +312,7 @@ async def test_frames_are_encoded_once_for_all_viewers(hub: Hub, writer: Writer)
         await writer.finish()
         await one.has(b"completed")
         await two.has(b"completed")
-        [frames] = feed._frames.values()
+        [(_, frames)] = feed._frames.values()
         assert len(frames) == len(feed.events)
 
 

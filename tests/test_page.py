@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import shutil
@@ -55,6 +56,12 @@ RECORD = """() => {
     new MutationObserver(note).observe(answer, {
         childList: true, characterData: true, subtree: true,
     });
+}"""
+EVENT_SOURCE = """(url) => {
+    window.told = [];
+    window.source = new EventSource(url);
+    for (const kind of ["queued", "started", "chunk", "completed", "failed", "cancelled"])
+        source.addEventListener(kind, (e) => told.push([kind, e.lastEventId, e.data]));
 }"""
 
 
@@ -429,18 +436,80 @@ async def test_another_address_leaves_nothing_of_the_stream_before(
 async def test_a_late_word_about_a_stream_left_behind_changes_nothing(
     stack: httpx2.AsyncClient, page: Page
 ) -> None:
-    held = await hold(page, "**/streams/unknown")
-    stream_id = await ask(stack, chunks=5, end="stall")
-    await page.goto(address(stack, "unknown"))
-    route = await held.get()
-    await page.goto(address(stack, stream_id))
-    await expect(status_on(page)).to_have_text("demo answers …")
-    async with page.expect_response("**/streams/unknown") as late:
-        await route.continue_()
-    await (await late.value).finished()
+    held = await hold(page, "**/cancel")
+    await ask_on(page, stack, chunks=5, end="stall")
     await shows_exactly(page, "0 1 2 3 4 ")
+    await stop_on(page).click()
+    route = await held.get()
+    second = await ask(stack, chunks=3, end="stall")
+    await page.goto(address(stack, second))
+    await shows_exactly(page, "0 1 2 ")
+    async with page.expect_response("**/cancel") as late:
+        await route.fulfill(status=502, body="<html>")
+    await (await late.value).finished()
+    await shows_exactly(page, "0 1 2 ")
+    await expect(page.get_by_role("alert")).to_be_empty()
     await expect(status_on(page)).to_have_text("demo answers …")
     await expect(stop_on(page)).to_be_visible()
+
+
+async def test_a_stream_left_behind_is_watched_no_longer(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    first = await ask(stack, chunks=5, end="stall")
+    await page.goto(address(stack, first))
+    await shows_exactly(page, "0 1 2 3 4 ")
+    async with page.expect_event("requestfailed") as left:
+        await page.goto(address(stack))
+    assert (await left.value).url.endswith(f"/streams/{first}/events")
+    await asks_nothing_more(page)
+
+
+async def test_what_is_being_waited_for_is_said_until_it_comes(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    """The events of the route are of the moment: only a comment, and no end of the answer."""
+    frames = 'id: 1-0\nevent: started\ndata: {"attempt":1,"model":"demo"}\n\n: Redis is away\n\n'
+
+    async def tell_and_wait(route: Route) -> None:
+        await route.fulfill(content_type="text/event-stream", body="retry: 3000\n\n" + frames)
+
+    await page.route("**/events", tell_and_wait)
+    stream_id = await ask(stack, text=["At last"])
+    await page.goto(address(stack))
+    await page.evaluate(RECORD.replace("#answer", "#status"))
+    await page.goto(address(stack, stream_id))
+    await expect(status_on(page)).to_have_text("Connection lost, coming back …")
+    assert "Redis is away …" in await page.evaluate("seen")
+    await page.unroute("**/events")
+    await expect(status_on(page)).to_have_text("Complete.")
+
+
+async def test_an_unmodified_event_source_comes_back_by_itself_and_ends_after_the_terminal_event(
+    settings: Settings, worker: ClaimingWorker, emulator: Emulator, page: Page
+) -> None:
+    asked = requests_of(page, "/events")
+    async with running_api(settings) as http:
+        port = http.base_url.port
+        stream_id = await ask(http, **SLOW)
+        await page.goto(address(http))
+        await page.evaluate(EVENT_SOURCE, f"/streams/{stream_id}/events")
+        await page.wait_for_function("told.length > 10")
+    await page.wait_for_function("source.readyState === EventSource.CONNECTING")
+    await is_midway(emulator)
+    async with running_api(changed(settings, port=port)):
+        await page.wait_for_function("source.readyState === EventSource.CLOSED")
+        await asks_nothing_more(page)
+    responses = [await request.response() for request in asked]
+    # Those that found no server have no response.
+    assert [each.status for each in responses if each is not None] == [200, 200, 204]
+    assert len(asked) < 30
+    told: list[list[str]] = await page.evaluate("told")
+    kinds = [kind for kind, *_ in told if kind != "queued"]
+    assert kinds == ["started", *["chunk"] * (len(kinds) - 2), "completed"]
+    assert len({cursor for _, cursor, _ in told}) == len(told)
+    texts = [json.loads(data).get("text", "") for _, _, data in told]
+    assert "".join(texts) == SLOW_TEXT
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -293,6 +293,12 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/streams/events",
         "/v1/chat/completions",
         "/v1/models",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/api/chat",
+        "/api/chat/{chat_id}/stream",
+        "/api/chat/{chat_id}/stop",
         "/healthz",
         "/readyz",
     }
@@ -308,7 +314,9 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
             for status in errors:
                 content = operation["responses"][status]["content"]
                 assert set(content) == {
-                    "application/json" if path.startswith("/v1/") else "application/problem+json"
+                    "application/json"
+                    if path.startswith(("/v1/", "/api/"))
+                    else "application/problem+json"
                 }, path
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["examples"]

@@ -1,4 +1,4 @@
-"""The page at `/`: three files, served as they are."""
+"""The page at `/`, and the client in JavaScript that it stands on: files, served as they are."""
 
 from pathlib import Path
 
@@ -6,7 +6,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 from starlette.routing import Route
 
-FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+# The types are told: what the machine's own table says of .js differs, and some browsers run no
+# module that is called otherwise.
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/relay.js": ("relay.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
 
 
 def routes() -> list[Route]:
@@ -14,6 +21,7 @@ def routes() -> list[Route]:
 
 
 async def _serve(request: Request) -> FileResponse:
+    name, media_type = FILES[request.url.path]
     # A page out of a cache might not fit the server that it talks to.
     headers = {"cache-control": "no-cache"}
-    return FileResponse(Path(__file__).parent / FILES[request.url.path], headers=headers)
+    return FileResponse(Path(__file__).parent / name, headers=headers, media_type=media_type)

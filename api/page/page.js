@@ -1,7 +1,8 @@
 // One page, one answer. The stream's id stands in the address, so a reload or a second window
 // watches the same stream; the log on the server is the only memory.
 
-const RETRY_MS = 2000;
+import { Refused, watch } from "./relay.js";
+
 const ENDINGS = {
   stop: "Complete.",
   length: "Cut off: the answer reached its limit of length.",
@@ -12,8 +13,8 @@ const [form, question, send, problem, stream, status, link, cancel, answer] = [
   "ask", "question", "send", "problem", "stream", "status", "link", "cancel", "answer",
 ].map((id) => document.getElementById(id));
 
-// The EventSource of the stream in the address. Whatever was begun for an earlier one ends itself.
-let source = null;
+// Ends the watching of the stream in the address, and tells which one something was begun for.
+let watching = new AbortController();
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -40,66 +41,71 @@ question.addEventListener("keydown", (event) => {
 });
 
 cancel.addEventListener("click", async () => {
-  const mine = source;
+  const mine = watching;
   problem.textContent = "";
   try {
     await call("POST", `streams/${location.hash.slice(1)}/cancel`);
   } catch (error) {
-    if (mine === source) problem.textContent = error.message;
+    if (mine === watching) problem.textContent = error.message;
   }
 });
 
-addEventListener("hashchange", watch);
-watch();
+addEventListener("hashchange", show);
+show();
 
-function watch() {
-  source?.close();
-  source = null;
+function show() {
+  watching.abort();
+  watching = new AbortController();
   answer.textContent = problem.textContent = "";
   const id = location.hash.slice(1);
   link.hidden = cancel.hidden = !id;
   link.href = location.href;
   // Anything else, such as "..", would lead to another path than a stream's.
   if (id && !/^\w+$/.test(id)) refuse("There is no stream with this id.");
-  else if (id) follow(id);
+  else if (id) follow(id, watching.signal);
   else say("");
 }
 
-function follow(id) {
-  const mine = (source = new EventSource(`streams/${id}/events`));
-  const on = (kind, act) => mine.addEventListener(kind, ({ data }) => act(JSON.parse(data)));
-  const end = (text, state) => {
-    mine.close();
-    if (document.activeElement === cancel) question.focus();
-    cancel.hidden = true;
-    say(text, state);
-  };
+function follow(id, signal) {
   let doing = "Connecting …";
-  say(doing, "live");
-  mine.onopen = () => say(doing, "live");
-  mine.onerror = () => lost(mine, id);
-  on("queued", () => say((doing = "Waiting for a worker …"), "live"));
-  on("started", ({ model, attempt }) => {
-    // The one rule: clear what you have.
-    answer.textContent = "";
-    doing = attempt > 1 ? `${model} answers afresh, attempt ${attempt} …` : `${model} answers …`;
-    say(doing, "live");
+  const now = (text) => say((doing = text), "live");
+  now(doing);
+  watch(`streams/${id}/events`, {
+    signal,
+    onText: grow,
+    onReset: () => (answer.textContent = ""),
+    onOpen: () => say(doing, "live"),
+    onLost: () => say("Connection lost, coming back …", "live"),
+    onComment: (text) => say(`${text} …`, "live"),
+    onEvent: ({ event, data }) => {
+      if (event === "queued") now("Waiting for a worker …");
+      else if (event === "started") now(answering(data));
+      else if (event === "chunk") {
+        const refusal = data.choices?.[0]?.delta?.refusal;
+        if (refusal) grow(refusal);
+        // What a comment said is being waited for has come. Said once: a screen reader reads it out.
+        if (status.textContent !== doing) say(doing, "live");
+      }
+    },
+    onDone: end,
+  }).catch((error) => {
+    if (signal.aborted) return;
+    if (!(error instanceof Refused)) throw error;
+    refuse(error.message);
   });
-  on("chunk", ({ text, choices }) => grow(text ?? choices?.[0]?.delta?.refusal ?? ""));
-  on("completed", ({ finish_reason }) =>
-    end(ENDINGS[finish_reason] ?? `Complete: ${finish_reason}.`, "ended"));
-  on("failed", ({ message }) => end(message, "failed"));
-  on("cancelled", () => end("Stopped. This is how far it came.", "ended"));
 }
 
-async function lost(mine, id) {
-  say("Connection lost, coming back …", "live");
-  if (mine.readyState === EventSource.CONNECTING) return;
-  // Any status but 200 ends an EventSource for good, and it does not say which status it was.
-  const error = await call("GET", `streams/${id}`).then(() => null, (reason) => reason);
-  if (mine !== source) return;
-  if (error?.status >= 400 && error.status < 500 && error.status !== 429) refuse(error.message);
-  else setTimeout(() => mine === source && follow(id), RETRY_MS);
+function answering({ model, attempt }) {
+  return attempt > 1 ? `${model} answers afresh, attempt ${attempt} …` : `${model} answers …`;
+}
+
+function end({ kind, finish_reason, message }) {
+  if (kind === "gone") return refuse(message);
+  if (document.activeElement === cancel) question.focus();
+  cancel.hidden = true;
+  if (kind === "completed") say(ENDINGS[finish_reason] ?? `Complete: ${finish_reason}.`, "ended");
+  else if (kind === "cancelled") say("Stopped. This is how far it came.", "ended");
+  else say(message ?? "The answer arrived damaged: reload to try again.", "failed");
 }
 
 function refuse(text) {
@@ -126,6 +132,5 @@ async function call(method, path, body) {
   // A proxy in between answers with no problem of ours, and perhaps with no JSON.
   const value = await response.json().catch(() => ({}));
   if (response.ok) return value;
-  const text = value.detail ?? `The server answered ${response.status}: try again.`;
-  throw Object.assign(new Error(text), { status: response.status });
+  throw new Error(value.detail ?? `The server answered ${response.status}: try again.`);
 }

@@ -1,0 +1,210 @@
+"""The AI SDK's chat API: for useChat with its default transport, unmodified."""
+
+import hashlib
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from api.feed import Feed
+from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS, status_of
+from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.ui_request import UIChatRequest
+from api.viewer import Viewer
+from api.wires import ui_messages as codec
+from relay.chats import Chats
+from relay.errors import RelayError, StreamGone
+from relay.logs import get_logger
+
+logger = get_logger("api")
+
+
+class UIMessageViewer(Viewer):
+    """The answer as one UI message. It speaks before the answer does, so a failure is told in band:
+    there it is one sentence, while of an error status the client shows the body."""
+
+    media_type = codec.MEDIA_TYPE
+    wire = staticmethod(codec.encoder)
+
+    def __init__(self, parts: Parts, feed: Feed, message_id: str, **options: Any) -> None:
+        super().__init__(
+            parts.hub,
+            feed,
+            None,
+            heartbeat_seconds=parts.settings.heartbeat_seconds,
+            write_seconds=parts.settings.write_seconds,
+            drain_seconds=parts.settings.drain_seconds,
+            headers={**codec.HEADERS, "x-stream-id": feed.stream_id},
+            **options,
+        )
+        self._message_id = message_id
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, over: Any) -> None:
+        await self._begin(send)
+        await self._write(send, codec.encode_start(self._message_id))
+        await self._follow(send, over)
+        await self._end(send)
+
+    def _tell_gone(self, feed: Feed) -> bytes:
+        assert feed.gone is not None  # noqa: S101
+        return codec.encode_error(feed.gone.message)
+
+    def _last_words(self) -> bytes:
+        # The client takes a clean end for the whole answer: it must find the connection broken.
+        return b""
+
+
+class Refused(BaseModel):
+    """The body of every error under /api."""
+
+    error: str = Field(description="One sentence; first the field at fault, if it is one.")
+    code: str
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    422: {"model": Refused, "description": "A field is missing, wrong or unknown"},
+    503: {"model": Refused, "description": "The queue is full or Redis is away"},
+}
+
+
+def refusal(status: int, code: str, message: str) -> Response:
+    headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
+    return JSONResponse({"error": message, "code": code}, status, headers)
+
+
+class ChatRoute(APIRoute):
+    """A route whose every error says itself in `error`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RelayError as failure:
+                return refusal(status_of(failure), failure.code, failure.message)
+            except RedisError as failure:
+                logger.warning("redis_away", error=type(failure).__name__)
+                return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
+            except RequestValidationError as failure:
+                return _invalid(failure)
+            except HTTPException as failure:
+                return refusal(failure.status_code, "invalid_request", str(failure.detail))
+
+        return handle_or_refuse
+
+
+def _invalid(failure: RequestValidationError) -> Response:
+    first = failure.errors()[0]
+    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+        message = "Send one JSON object as the body, with content-type: application/json."
+        return refusal(400, "bad_json", message)
+    field = ".".join(str(part) for part in first["loc"] if part not in {"body", "header", "path"})
+    unknown = first["type"] == "extra_forbidden"
+    told = "This server does not know it." if unknown else f"{first['msg']}."
+    return refusal(422, "invalid_request", f"{field}: {told}")
+
+
+router = APIRouter(prefix="/api/chat", route_class=ChatRoute)
+
+
+async def _chats(request: Request, parts: PartsOfApp) -> Chats:
+    return Chats.configured(request.app.state.redis, parts.settings)
+
+
+ChatsOfApp = Annotated[Chats, Depends(_chats)]
+ChatId = Annotated[str, Path(min_length=1, max_length=255, description="As useChat has it.")]
+
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A UI message stream, as server-sent events. X-Stream-Id is the stream's id "
+        "on the native API.",
+        "content": {codec.MEDIA_TYPE: {}},
+    }
+}
+
+
+@router.post(
+    "",
+    summary="The AI SDK's chat",
+    response_class=Response,
+    responses={**_STREAMED, **RESPONSES},
+)
+async def chat(
+    body: UIChatRequest,
+    parts: PartsOfApp,
+    chats: ChatsOfApp,
+    stack: WhileResponding,
+    idempotency_key: Annotated[str, Header(max_length=255)] = "",
+    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
+) -> Response:
+    """Queue a job and stream the answer as one UI message. Dropping the connection does not stop
+    it, unless X-On-Disconnect asks for it."""
+    if parts.hub.redis_away:
+        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
+    asked, digest = body.to_asked().to_stored(body.id)
+    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    stream_id = created.stream_id
+    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
+    await chats.note(body.id, stream_id)
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
+    message_id = body.continued or message_id_of(stream_id)
+    return UIMessageViewer(parts, feed, message_id, on_leave=on_leave)
+
+
+def message_id_of(stream_id: str) -> str:
+    """The same in every replay. Clients keep and send it about, so it must not be the stream's id:
+    whoever has that may read the stream, cancel and erase it."""
+    return f"msg-{hashlib.sha256(stream_id.encode()).hexdigest()[:24]}"
+
+
+# Ids of chats are the client's own, which may have slashes in them.
+@router.get(
+    "/{chat_id:path}/stream",
+    summary="Resume the AI SDK's chat",
+    response_class=Response,
+    responses={**_STREAMED, 204: {"description": "No answer is being made."}, **RESPONSES},
+)
+async def resume(
+    chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp, stack: WhileResponding
+) -> Response:
+    """The newest answer of the chat, from its start and then live, unless it has ended."""
+    stream_id = await chats.newest(chat_id)
+    if stream_id is None:
+        return Response(status_code=204)
+    try:
+        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    except StreamGone:
+        return Response(status_code=204)
+    if feed.ended:
+        return Response(status_code=204)
+    # Never under the id of a message that it goes on with: a replay takes the place of the whole
+    # message, and what that had before is not in it.
+    return UIMessageViewer(parts, feed, message_id_of(stream_id))
+
+
+@router.post(
+    "/{chat_id:path}/stop",
+    status_code=204,
+    summary="Stop the AI SDK's chat",
+    responses=RESPONSES,
+)
+async def stop(chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp) -> Response:
+    """End the newest answer of the chat; idempotent, and harmless when there is none."""
+    stream_id = await chats.newest(chat_id)
+    if stream_id is not None:
+        try:
+            verdict = await parts.log.cancel(stream_id)
+        except StreamGone:
+            verdict = "gone"
+        logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+    return Response(status_code=204)

@@ -1,0 +1,254 @@
+"""OpenAI's Responses API: an answer that outlives its connection, as its SDKs know it.
+
+A response is a stream, and its id that of the stream after `resp_`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from api.feed import Feed
+from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
+from api.problems import REDIS_AWAY_DETAIL
+from api.responses_request import ResponsesRequest
+from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly, until_ended
+from api.viewer import Viewer
+from api.wires import responses as codec
+from api.wires.chat_completions import encode_error
+from relay.errors import StreamUnknown
+from relay.events import FAILED, to_json
+from relay.ids import is_stream_id
+from relay.logs import get_logger
+
+logger = get_logger("api")
+
+CANCEL_SECONDS = 2.0
+"""How long a cancel waits for the worker to have written the end."""
+
+
+class ResponseViewer(Viewer):
+    """The events of a response, all of them or those after the one that the client has.
+
+    Unlike other viewers it begins at the birth of the stream, since the numbers of the events are
+    counted from there. What is skipped is not written.
+    """
+
+    media_type = codec.MEDIA_TYPE
+
+    def __init__(
+        self,
+        parts: Parts,
+        feed: Feed,
+        born: codec.Born,
+        *,
+        skip: int = 0,
+        on_leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(
+            parts.hub,
+            feed,
+            None,
+            heartbeat_seconds=parts.settings.heartbeat_seconds,
+            write_seconds=parts.settings.write_seconds,
+            drain_seconds=parts.settings.drain_seconds,
+            headers={"x-stream-id": feed.stream_id},
+            on_leave=on_leave,
+        )
+        self.wire = born
+        self._skip = skip
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+    ) -> None:
+        await self._begin(send)
+        index = 0
+        # From the newest `started` on, which may be another one after each write, all viewers are
+        # alike.
+        while (missing := self._feed.position(None) - index) > 0:
+            frames = self._feed.frames(self.wire, index)[:missing]
+            index += len(frames)
+            await self._write(send, self._unseen(b"".join(frames)))
+        await self._follow(send, over)
+        await self._end(send)
+
+    def _take(self, index: int) -> tuple[bytes, int]:
+        body, taken = super()._take(index)
+        return self._unseen(body), taken
+
+    def _unseen(self, body: bytes) -> bytes:
+        unseen, self._skip = codec.after(body, self._skip)
+        return unseen
+
+    def _tell_gone(self, feed: Feed) -> bytes:
+        assert feed.gone is not None  # noqa: S101
+        return encode_error({"code": feed.gone.code, "message": feed.gone.message})
+
+    def _last_words(self) -> bytes:
+        # The SDK takes `retry:` alone for an event, and finds no JSON in it.
+        return b""
+
+
+class ResponsesRoute(OpenAIRoute):
+    """To OpenAI's SDKs what is gone is `NotFoundError`, as what never was, and 410 is nothing."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_or_miss(request: Request) -> Response:
+            response = await handle(request)
+            if response.status_code == 410:
+                response.status_code = 404
+            return response
+
+        return handle_or_miss
+
+
+router = APIRouter(prefix="/v1/responses", route_class=ResponsesRoute)
+
+
+async def _stream_id(
+    response_id: Annotated[str, Path(description="As POST /v1/responses returned it.")],
+) -> str:
+    stream_id = response_id.removeprefix("resp_")
+    if stream_id == response_id or not is_stream_id(stream_id):
+        raise StreamUnknown("There is no response with this id.")
+    return stream_id
+
+
+StreamId = Annotated[str, Depends(_stream_id)]
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A `response`, or with `stream` its events as server-sent events. "
+        "X-Stream-Id is the stream's id on the native API. Errors have OpenAI's shape.",
+        "content": {"application/json": {}, codec.MEDIA_TYPE: {}},
+    },
+    **RESPONSES,
+    404: {**RESPONSES[404], "description": "There is no such model or response, or no more"},
+}
+
+
+@router.post("", summary="OpenAI's responses", response_class=Response, responses=_ANSWERS)
+async def create(
+    request: Request,
+    body: ResponsesRequest,
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    idempotency_key: Annotated[str, Header(max_length=255)] = "",
+    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
+) -> Response:
+    """Queue a job and answer at once (`background`), with events (`stream`), or when it has ended.
+    Dropping the connection does not stop the answer, unless X-On-Disconnect asks for it."""
+    if body.model != parts.model:
+        message = f"There is no model {body.model!r} here: use {parts.model!r}."
+        return refusal(404, "model_not_found", message, param="model")
+    if parts.hub.redis_away:
+        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
+    asked, digest = body.to_asked().to_stored("responses")
+    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    stream_id = created.stream_id
+    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
+    if body.background and not body.stream:
+        return await _now(parts, stream_id)
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    born = await _born(parts, stream_id)
+    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
+    if body.stream:
+        return ResponseViewer(parts, feed, born, on_leave=on_leave)
+    return await _ended(request, parts, feed, born, on_leave)
+
+
+@router.get(
+    "/{response_id}", summary="Look at a response", response_class=Response, responses=_ANSWERS
+)
+async def retrieve(
+    stream_id: StreamId,
+    parts: PartsOfApp,
+    stack: WhileResponding,
+    stream: bool = False,
+    starting_after: Annotated[
+        int, Query(ge=-1, description="The `sequence_number` of the last event that you have.")
+    ] = -1,
+) -> Response:
+    """The response as it is now; with `stream` its events from the first one on, or strictly after
+    `starting_after`, then live."""
+    if not stream:
+        return await _now(parts, stream_id)
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    born = await _born(parts, stream_id)
+    return ResponseViewer(parts, feed, born, skip=starting_after + 1)
+
+
+@router.post(
+    "/{response_id}/cancel",
+    summary="Cancel a response",
+    response_class=Response,
+    responses=_ANSWERS,
+)
+async def cancel(
+    request: Request, stream_id: StreamId, parts: PartsOfApp, stack: WhileResponding
+) -> Response:
+    """End the answer here and keep what is there; idempotent. Returns the response: `cancelled`,
+    unless it ended otherwise before, or its worker takes longer than two seconds to end it."""
+    verdict = await parts.log.cancel(stream_id)
+    logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    try:
+        async with asyncio.timeout(CANCEL_SECONDS):
+            await until_ended(request, parts, feed)
+    except TimeoutError:
+        pass
+    return await _now(parts, stream_id)
+
+
+@router.delete("/{response_id}", summary="Erase a response", responses=RESPONSES)
+async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
+    """Prompt, answer and every trace go; if it is still running, it is stopped. Then 404."""
+    await parts.log.erase(stream_id)
+    logger.info("stream_erased", stream=stream_id)
+    return {"id": f"resp_{stream_id}", "object": "response.deleted", "deleted": True}
+
+
+async def _ended(
+    request: Request,
+    parts: Parts,
+    feed: Feed,
+    born: codec.Born,
+    on_leave: Callable[[], Awaitable[None]] | None,
+) -> Response:
+    """The response when it has ended; one that failed is an error by its status."""
+    await until_ended(request, parts, feed)
+    if not feed.ended and not parts.hub.draining and on_leave is not None:
+        await on_leave()
+    response = _response(feed, born)
+    response.headers["x-stream-id"] = feed.stream_id
+    return response
+
+
+def _response(feed: Feed, born: codec.Born) -> Response:
+    if feed.gone is not None:
+        return refusal(404, feed.gone.code, feed.gone.message)
+    last = feed.events[-1]
+    if last.kind == FAILED:
+        value = last.value()
+        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
+    if not last.terminal:
+        return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+    return Response(to_json(codec.fold(born, feed.events)), media_type="application/json")
+
+
+async def _now(parts: Parts, stream_id: str) -> Response:
+    """The response as far as its log goes."""
+    events = await parts.log.read(stream_id)
+    body = to_json(codec.fold(await _born(parts, stream_id), events))
+    return Response(body, media_type="application/json", headers={"x-stream-id": stream_id})
+
+
+async def _born(parts: Parts, stream_id: str) -> codec.Born:
+    """Raises StreamGone. The log does not tell when it was born, the state does, for as long."""
+    state = await parts.log.state(stream_id)
+    return codec.Born(stream_id, state.created_ms // 1000, parts.model)

@@ -1,0 +1,230 @@
+"""The body of POST /v1/responses, and the chat completion that it asks for. Pure."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from api.chat_request import Asked, JsonObject
+
+
+class _Known(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Text(_Known):
+    """What else the parts of an earlier output have, the model does not need again."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: list[JsonObject] | None = None
+    logprobs: list[JsonObject] | None = None
+
+    def to_chat(self) -> JsonObject:
+        return {"type": "text", "text": self.text}
+
+
+class Refusal(_Known):
+    type: Literal["refusal"]
+    refusal: str
+
+    def to_chat(self) -> JsonObject:
+        return {"type": "refusal", "refusal": self.refusal}
+
+
+class Image(_Known):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+    def to_chat(self) -> JsonObject:
+        detail = {"detail": self.detail} if self.detail else {}
+        return {"type": "image_url", "image_url": {"url": self.image_url, **detail}}
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+Part = Annotated[Text | Refusal | Image, Field(discriminator="type")]
+Content = Annotated[list[Part], Field(min_length=1), BeforeValidator(_as_parts)]
+"""A string, or parts; a string is one part."""
+
+
+class _Item(_Known):
+    """`id` and `status` are those of an item that an earlier response had in its output."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class MessageItem(_Item):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    phase: str | None = None
+
+    def add_to(self, messages: list[JsonObject]) -> None:
+        messages.append({"role": self.role, "content": _chat_content(self.content)})
+
+
+class CallItem(_Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+    def add_to(self, messages: list[JsonObject]) -> None:
+        """Calls belong to the one message of the assistant in which they were made."""
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        function = {"name": self.name, "arguments": self.arguments}
+        call = {"id": self.call_id, "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+
+
+class CallOutputItem(_Item):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+
+    def add_to(self, messages: list[JsonObject]) -> None:
+        content = _chat_content(self.output)
+        messages.append({"role": "tool", "tool_call_id": self.call_id, "content": content})
+
+
+class ReasoningItem(_Item):
+    """Taken, so that an earlier output can be sent as it came. No chat completion is asked so."""
+
+    type: Literal["reasoning"]
+    summary: list[JsonObject] = []
+    content: list[JsonObject] | None = None
+    encrypted_content: str | None = None
+
+    def add_to(self, messages: list[JsonObject]) -> None:
+        pass
+
+
+def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
+    match parts:
+        case [Text(text=text)]:
+            return text
+    return [part.to_chat() for part in parts]
+
+
+def _kind_of(item: Any) -> Any:
+    """A message need not say that it is one."""
+    return item.get("type", "message") if isinstance(item, dict) else None
+
+
+def _as_items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind_of),
+]
+Input = Annotated[
+    list[Item],
+    Field(min_length=1, description="A text, or items."),
+    BeforeValidator(_as_items),
+]
+
+
+class Function(_Known):
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+    def to_chat(self) -> JsonObject:
+        return {
+            "type": "function",
+            "function": self.model_dump(exclude={"type"}, exclude_none=True),
+        }
+
+
+class ToolChoice(_Known):
+    """`none`, `auto` or `required`, as it stands or as the type; or a function by its name."""
+
+    type: Literal["none", "auto", "required", "function"]
+    name: str = ""
+
+    def to_chat(self) -> str | JsonObject:
+        named = {"type": "function", "function": {"name": self.name}}
+        return named if self.type == "function" else self.type
+
+
+def _as_choice(given: Any) -> Any:
+    return {"type": given} if isinstance(given, str) else given
+
+
+class Format(_Known):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: JsonObject | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    def to_chat(self) -> JsonObject:
+        if self.type != "json_schema":
+            return {"type": self.type}
+        schema = self.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+        return {"type": self.type, "json_schema": schema}
+
+
+class TextOptions(_Known):
+    format: Format | None = None
+
+
+class Reasoning(_Known):
+    effort: str | None = None
+
+
+class ResponsesRequest(_Known):
+    """The body of POST /v1/responses. `store` and `metadata` are for this server, which keeps every
+    response for a while and does not tell metadata again: the model service hears of neither."""
+
+    model: str = Field(description="One of GET /v1/models.")
+    input: Input
+    background: bool = False
+    stream: bool = False
+    instructions: str | None = None
+    tools: list[Function] | None = None
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice)] = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    max_output_tokens: int | None = Field(None, ge=1)
+    reasoning: Reasoning | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    store: Literal[True] | None = None
+
+    def to_asked(self) -> Asked:
+        """The chat completion that this is."""
+        messages: list[JsonObject] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        for item in self.input:
+            item.add_to(messages)
+        fields = {
+            "messages": messages,
+            "tools": [tool.to_chat() for tool in self.tools] if self.tools else None,
+            "tool_choice": self.tool_choice.to_chat() if self.tool_choice else None,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": self.text.format.to_chat()
+            if self.text and self.text.format
+            else None,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_completion_tokens": self.max_output_tokens,
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "user": self.user,
+        }
+        return Asked.model_validate({k: v for k, v in fields.items() if v is not None})

@@ -1,0 +1,466 @@
+"""The real openai SDK's Responses, unmodified, against the running stack."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.responses import Response
+from pydantic import BaseModel
+
+from emulator.app import Emulator
+from emulator.script import prompt
+from relay.settings import Settings
+from tests.conftest import running_api, running_worker, text_of, until, watch
+from tests.corpus import LOOKUP
+
+MODEL = "demo"
+TOOL: Any = {
+    "type": "function",
+    "name": "lookup",
+    "parameters": {"type": "object", "properties": {}},
+    "strict": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """The SDK puts off a second's work to its first use. Done while the loop stands still for it,
+    Redis would be taken for silent, and away."""
+    with OpenAI(api_key="k") as sdk:
+        assert callable(sdk.responses.create)
+    Response.construct(id="x", output=[{"type": "message"}])
+
+
+def client(http: httpx2.AsyncClient) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="k", max_retries=0)
+
+
+@pytest.fixture
+async def sdk(stack: httpx2.AsyncClient) -> AsyncIterator[AsyncOpenAI]:
+    async with client(stack) as sdk:
+        yield sdk
+
+
+def asking(**script: Any) -> Any:
+    return {"model": MODEL, "input": prompt(**script)}
+
+
+def counted(number: int) -> str:
+    return "".join(f"{n} " for n in range(number))
+
+
+async def begun(sdk: AsyncOpenAI, **script: Any) -> str:
+    response = await sdk.responses.create(**asking(**script), background=True)
+    return str(response.id)
+
+
+async def taken(stream: Any) -> list[Any]:
+    return [event.model_dump() async for event in stream]
+
+
+async def replayed(sdk: AsyncOpenAI, response_id: str) -> list[Any]:
+    return await taken(await sdk.responses.retrieve(response_id, stream=True))
+
+
+def texts(events: list[Any]) -> list[str]:
+    """The text of each item by its deltas."""
+    grown: dict[int, str] = {}
+    for event in events:
+        if event["type"] == "response.output_text.delta":
+            grown[event["output_index"]] = grown.get(event["output_index"], "") + event["delta"]
+    return list(grown.values())
+
+
+async def test_the_answer_is_waited_for_or_watched(sdk: AsyncOpenAI) -> None:
+    asked = asking(chunks=3)
+    whole = await sdk.responses.create(**asked)
+    assert (whole.status, whole.output_text) == ("completed", "0 1 2 ")
+    assert whole.usage
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    events = await taken(await sdk.responses.create(**asked, stream=True, background=True))
+    assert texts(events) == ["0 1 2 "]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-1]["type"] == "response.completed"
+    async with sdk.responses.stream(**asked) as stream:
+        assert (await stream.get_final_response()).output_text == "0 1 2 "
+
+
+async def test_the_sync_sdk_waits_streams_and_resumes_too(stack: httpx2.AsyncClient) -> None:
+    def all_three() -> tuple[str, str, list[int], str]:
+        with OpenAI(base_url=f"{stack.base_url}/v1", api_key="k", max_retries=0) as sdk:
+            whole = sdk.responses.create(**asking(chunks=3))
+            with sdk.responses.stream(**asking(chunks=3)) as stream:
+                helped = stream.get_final_response().output_text
+            rest = sdk.responses.retrieve(whole.id, stream=True, starting_after=6)
+            numbers = [event.sequence_number for event in rest]
+            with sdk.responses.stream(response_id=whole.id, starting_after=6) as again:
+                same = again.get_final_response().output_text
+            return whole.output_text, helped, numbers, same
+
+    whole, helped, numbers, same = await asyncio.to_thread(all_three)
+    assert (whole, helped, same) == ("0 1 2 ", "0 1 2 ", "0 1 2 ")
+    assert numbers == list(range(7, 7 + len(numbers)))
+    assert numbers
+
+
+async def test_in_the_background_it_is_queued_at_once_and_polled_until_it_is_completed(
+    settings: Settings,
+) -> None:
+    async with running_api(settings) as http, client(http) as sdk:
+        response = await sdk.responses.create(**asking(chunks=3), background=True)
+        assert (response.status, response.output) == ("queued", [])
+        async with running_worker(settings):
+
+            async def ended() -> bool:
+                return (await sdk.responses.retrieve(response.id)).status == "completed"
+
+            await until(ended)
+        last = await sdk.responses.retrieve(response.id)
+    assert last.output_text == "0 1 2 "
+    assert last.created_at == response.created_at
+
+
+async def test_what_was_dropped_in_the_middle_is_resumed_without_a_repeated_or_missing_event(
+    sdk: AsyncOpenAI,
+) -> None:
+    stream = await sdk.responses.create(
+        **asking(chunks=30, delay_ms=10), stream=True, background=True
+    )
+    seen = [(await anext(stream)).model_dump() for _ in range(12)]
+    await stream.close()
+    response_id = seen[0]["response"]["id"]
+    for _ in range(2):
+        last = seen[-1]["sequence_number"]
+        rest = await sdk.responses.retrieve(response_id, stream=True, starting_after=last)
+        seen += [(await anext(rest)).model_dump() for _ in range(5)]
+        await rest.close()
+    last = seen[-1]["sequence_number"]
+    seen += await taken(await sdk.responses.retrieve(response_id, stream=True, starting_after=last))
+    assert seen == await replayed(sdk, response_id)
+    assert texts(seen) == [counted(30)]
+
+
+async def test_whoever_has_it_all_is_told_no_more(sdk: AsyncOpenAI) -> None:
+    response_id = (await sdk.responses.create(**asking(chunks=2))).id
+    events = await replayed(sdk, response_id)
+    for beyond in (0, 5):
+        last = events[-1]["sequence_number"] + beyond
+        rest = await sdk.responses.retrieve(response_id, stream=True, starting_after=last)
+        assert await taken(rest) == []
+
+
+async def test_a_second_viewer_from_any_process_gets_the_same_events(
+    settings: Settings, worker: Any
+) -> None:
+    async with (
+        running_api(settings) as one,
+        running_api(settings) as other,
+        client(one) as sdk,
+        client(other) as second,
+    ):
+        stream = await sdk.responses.create(**asking(chunks=30, delay_ms=5), stream=True)
+        first = await anext(stream)
+        assert first.type == "response.created"
+        late = asyncio.create_task(replayed(second, first.response.id))
+        mine = [first.model_dump(), *await taken(stream)]
+        assert mine == await late == await replayed(second, first.response.id)
+        objects = [await each.responses.retrieve(first.response.id) for each in (sdk, second)]
+        assert objects[0] == objects[1]
+        assert objects[0].model_dump() == mine[-1]["response"]
+
+
+async def test_the_same_answer_is_watched_natively(
+    sdk: AsyncOpenAI, stack: httpx2.AsyncClient
+) -> None:
+    raw = await sdk.responses.with_raw_response.create(**asking(chunks=3))
+    assert text_of(await watch(stack, raw.headers["x-stream-id"])) == "0 1 2 "
+    assert raw.parse().id == f"resp_{raw.headers['x-stream-id']}"
+
+
+async def test_a_cancel_ends_the_upstream_and_every_viewer_and_keeps_the_text(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    stream = await sdk.responses.create(**asking(chunks=1, end="stall"), stream=True)
+    created = await anext(stream)
+    async for event in stream:
+        if event.type == "response.output_text.delta":
+            break
+    cancelled = await sdk.responses.cancel(created.response.id)
+    assert (cancelled.status, cancelled.output_text) == ("cancelled", "0 ")
+    rest = await taken(stream)
+    assert rest[-1]["response"]["status"] == "cancelled"
+    record = await emulator.request(0)
+    async with asyncio.timeout(5):
+        await record.over.wait()
+    assert record.outcome == "disconnected"
+    assert await sdk.responses.cancel(created.response.id) == cancelled
+
+
+async def test_a_response_that_waits_is_cancelled_at_once(settings: Settings) -> None:
+    async with running_api(settings) as http, client(http) as sdk:
+        cancelled = await sdk.responses.cancel(await begun(sdk, chunks=1))
+        assert (cancelled.status, cancelled.output) == ("cancelled", [])
+
+
+async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    for streams in (True, False):
+        asked: Any = sdk.responses.create(
+            **asking(chunks=1, end="stall"),
+            stream=streams,
+            extra_headers={"x-on-disconnect": "cancel"},
+        )
+        number = emulator.total
+        running = asyncio.ensure_future(asked)
+        record = await emulator.request(number)
+        if streams:
+            await (await running).close()
+        else:
+            running.cancel()
+        async with asyncio.timeout(5):
+            await record.over.wait()
+        assert record.outcome == "disconnected"
+
+
+async def test_a_failure_is_told_in_band_to_who_watches_and_by_its_status_to_who_waits(
+    sdk: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.retry.FIRST_SECONDS", 0.001)
+    asked = asking(status=429, retry_after_ms=1)
+    with pytest.raises(openai.RateLimitError) as raised:
+        await sdk.responses.create(**asked)
+    assert raised.value.code == "upstream_rate_limited"
+    events = await taken(await sdk.responses.create(**asked, stream=True))
+    assert events[-1]["type"] == "response.failed"
+    failed = await sdk.responses.retrieve(events[0]["response"]["id"])
+    assert failed.status == "failed"
+    assert failed.error
+    assert failed.error.code == "rate_limit_exceeded"
+
+
+async def test_an_answer_that_fails_in_the_middle_is_failed_with_what_was_said(
+    sdk: AsyncOpenAI,
+) -> None:
+    events = await taken(await sdk.responses.create(**asking(chunks=3, end="eof"), stream=True))
+    assert texts(events) == ["0 1 2 "]
+    response = events[-1]["response"]
+    assert (response["status"], response["error"]["type"]) == ("failed", "upstream_incomplete")
+    assert response["output"][0]["status"] == "incomplete"
+
+
+async def test_a_worker_replaced_in_the_middle_of_the_answer_is_never_spliced(
+    settings: Settings,
+) -> None:
+    async with running_api(settings) as http, client(http) as sdk:
+        asked = asking(chunks=40, delay_ms=20)
+        async with running_worker(settings):
+            waiting = asyncio.ensure_future(sdk.responses.create(**asked))
+            stream = await sdk.responses.create(**asked, stream=True)
+            seen = [(await anext(stream)).model_dump() for _ in range(12)]
+        async with running_worker(settings):
+            events = seen + await taken(stream)
+            whole = await waiting
+        response_id = events[0]["response"]["id"]
+        assert events == await replayed(sdk, response_id)
+        last = seen[-1]["sequence_number"]
+        rest = await sdk.responses.retrieve(response_id, stream=True, starting_after=last)
+        assert await taken(rest) == events[last + 1 :]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    first, second = texts(events)
+    assert counted(40).startswith(first)
+    assert second == whole.output_text == counted(40)
+    assert [item["content"][0]["text"] for item in events[-1]["response"]["output"]] == [second]
+
+
+async def test_a_call_is_made_and_its_output_sent_back_with_the_output_as_it_came(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    asked: Any = [{"role": "user", "content": prompt(tool_calls=[LOOKUP])}]
+    async with sdk.responses.stream(model=MODEL, input=asked, tools=[TOOL]) as stream:
+        response = await stream.get_final_response()
+    [call] = response.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("lookup", LOOKUP["arguments"])
+    asked += [item.model_dump(exclude_none=True) for item in response.output]
+    asked.append({"type": "function_call_output", "call_id": call.call_id, "output": "Rain."})
+    asked.append({"role": "user", "content": prompt(chunks=1)})
+    answer = await sdk.responses.create(model=MODEL, input=asked, tools=[TOOL])
+    assert answer.output_text == "0 "
+    _, assistant, tool, _ = (await emulator.request(1)).body["messages"]
+    assert [each["id"] for each in assistant["tool_calls"]] == [call.call_id]
+    assert tool == {"role": "tool", "tool_call_id": call.call_id, "content": "Rain."}
+
+
+class Weather(BaseModel):
+    """It rains or not."""
+
+    rain: bool
+
+
+async def test_the_model_is_asked_what_the_response_was_asked(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    image: Any = {"type": "input_image", "image_url": "https://example.org/a.png", "detail": "low"}
+    earlier: Any = {"type": "output_text", "text": "Hi.", "annotations": []}
+    asked: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": "See."}, image]},
+        {"type": "message", "role": "assistant", "content": [earlier], "id": "m", "status": "x"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        {"type": "reasoning", "id": "r", "summary": []},
+        {"role": "user", "content": prompt(text=['{"rain":', "true}"])},
+    ]
+    response = await sdk.responses.parse(
+        model=MODEL,
+        input=asked,
+        text_format=Weather,
+        instructions="Be brief.",
+        tools=[TOOL | {"strict": True}],
+        tool_choice={"type": "function", "name": "lookup"},
+        parallel_tool_calls=False,
+        temperature=0.5,
+        top_p=0.25,
+        max_output_tokens=99,
+        reasoning={"effort": "low"},
+        metadata={"a": "b"},
+        user="u",
+        store=True,
+    )
+    assert response.output_parsed == Weather(rain=True)
+    body = (await emulator.request(0)).body
+    url = {"url": "https://example.org/a.png", "detail": "low"}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "See."}, {"type": "image_url", "image_url": url}],
+        },
+        {"role": "assistant", "content": "Hi.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+        {"role": "user", "content": asked[-1]["content"]},
+    ]
+    [tool] = body["tools"]
+    assert (tool["type"], tool["function"]["name"]) == ("function", "lookup")
+    assert body["tool_choice"] == {"type": "function", "function": {"name": "lookup"}}
+    assert body["response_format"]["type"] == "json_schema"
+    assert body["response_format"]["json_schema"]["schema"]["required"] == ["rain"]
+    told = {"temperature": 0.5, "top_p": 0.25, "max_completion_tokens": 99, "user": "u"}
+    assert told.items() <= body.items()
+    assert body["reasoning_effort"] == "low"
+    assert body["parallel_tool_calls"] is False
+    assert not {"metadata", "store"} & body.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"temperature": 9}, "temperature", "invalid_value"),
+        ({"input": []}, "input", "invalid_value"),
+        ({"store": False}, "store", "invalid_value"),
+        ({"tool_choice": "never"}, "tool_choice.type", "invalid_value"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
+        ({"previous_response_id": "resp_x"}, "previous_response_id", "unknown_parameter"),
+        ({"truncation": "auto"}, "truncation", "unknown_parameter"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "unknown_parameter"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "invalid_value"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+            "input.0.message.content.0",
+            "invalid_value",
+        ),
+    ],
+)
+async def test_bad_input_is_refused_in_openais_shape_with_the_field_named(
+    sdk: AsyncOpenAI, change: dict[str, Any], param: str, code: str, emulator: Emulator
+) -> None:
+    asked: Any = {**asking(), **change}
+    with pytest.raises(openai.BadRequestError) as raised:
+        await sdk.responses.create(**asked, background=True)
+    assert (raised.value.param, raised.value.code) == (param, code)
+    assert raised.value.type == "invalid_request_error"
+    assert emulator.total == 0
+
+
+async def test_any_other_model_is_refused(sdk: AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as raised:
+        await sdk.responses.create(model="gpt-99", input="Hello")
+    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+
+
+async def test_what_was_erased_is_not_found_and_told_to_who_watches(sdk: AsyncOpenAI) -> None:
+    stream = await sdk.responses.create(**asking(chunks=1, end="stall"), stream=True)
+    response_id = (await anext(stream)).response.id
+    await sdk.responses.delete(response_id)
+    with pytest.raises(openai.APIError) as told:
+        await taken(stream)
+    assert told.value.code == "stream_gone"
+    for asked in (
+        sdk.responses.retrieve(response_id),
+        sdk.responses.retrieve(response_id, stream=True),
+        sdk.responses.cancel(response_id),
+        sdk.responses.delete(response_id),
+    ):
+        with pytest.raises(openai.NotFoundError) as raised:
+            await asked
+        assert raised.value.code == "stream_gone"
+
+
+async def test_what_never_was_is_not_found(sdk: AsyncOpenAI) -> None:
+    for response_id in ("resp_x", "x"):
+        with pytest.raises(openai.NotFoundError) as raised:
+            await sdk.responses.retrieve(response_id)
+        assert raised.value.code == "stream_unknown"
+
+
+async def test_a_draining_server_breaks_off_and_the_rest_comes_from_another(
+    settings: Settings, worker: Any
+) -> None:
+    async with running_api(settings) as other, client(other) as second, AsyncExitStack() as later:
+        async with running_api(settings) as one:
+            sdk = await later.enter_async_context(client(one))
+            stream = await sdk.responses.create(**asking(chunks=60, delay_ms=20), stream=True)
+            seen = [(await anext(stream)).model_dump() for _ in range(8)]
+            reading = asyncio.ensure_future(rest_until_broken(stream))
+        seen += await reading
+        last, response_id = seen[-1]["sequence_number"], seen[0]["response"]["id"]
+        rest = await second.responses.retrieve(response_id, stream=True, starting_after=last)
+        seen += await taken(rest)
+        assert seen == await replayed(second, response_id)
+    assert texts(seen) == [counted(60)]
+
+
+async def rest_until_broken(stream: Any) -> list[Any]:
+    """All that comes until the connection breaks; a proper end would be taken for the whole."""
+    events: list[Any] = []
+    try:
+        async for event in stream:
+            events.append(event.model_dump())
+    except (openai.APIConnectionError, httpx2.TransportError):
+        return events
+    pytest.fail("it ended as if that had been all")
+
+
+async def test_the_same_key_leads_to_the_same_response(sdk: AsyncOpenAI) -> None:
+    key: Any = {"extra_headers": {"idempotency-key": "once"}}
+    one = await sdk.responses.create(**asking(chunks=1), background=True, **key)
+    two = await sdk.responses.create(**asking(chunks=1), **key)
+    assert (two.id, two.output_text) == (one.id, "0 ")
+
+
+async def test_without_redis_the_sdk_is_told_to_try_again(sdk: AsyncOpenAI, redis: Any) -> None:
+    await redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await sdk.responses.create(**asking(), background=True)
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert (raised.value.status_code, raised.value.code) == (503, "redis_away")
+    assert raised.value.response.headers["retry-after"]

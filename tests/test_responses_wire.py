@@ -1,0 +1,275 @@
+"""The codec alone, over all that an upstream may say; the SDK's own types and accumulator judge."""
+
+import json
+from typing import Any
+
+import pytest
+from openai import omit
+from openai.lib.streaming.responses._responses import ResponseStreamState
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from api.wires.responses import Born, after, fold
+from emulator.answers import Answer
+from emulator.script import Script
+from relay.chunks import Chunk, Compactor
+from relay.events import CANCELLED, COMPLETED, FAILED, QUEUED, Cursor, Entry, Event, entry
+from relay.ids import new_stream_id
+from tests.corpus import CORPUS
+
+BORN = Born(new_stream_id(), 1_700_000_000, "demo")
+SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+BIRTH = Event(Cursor(0, 1), *entry(QUEUED, {}))
+END = entry(COMPLETED, {"finish_reason": "stop", "usage": None})
+
+
+def said(fields: Chunk, asked: Chunk | None = None) -> list[Entry]:
+    """An attempt's entries, to the end, for what the emulator says by this script."""
+    script = Script(**fields)
+    answer = Answer(script, {"messages": [], **(asked or {})}, azure=True, number=1, model="demo")
+    compactor, entries = Compactor(1, "demo"), []
+    for line in b"".join(piece for _, piece, _ in answer.steps()).split(b"\n\n"):
+        if line and line != b"data: [DONE]":
+            entries += compactor.entries(json.loads(line.removeprefix(b"data: ")))
+    end = {"finish_reason": compactor.finish_reason, "usage": compactor.usage}
+    return [*entries, entry(COMPLETED, {**end, **compactor.summary()})]
+
+
+def deltas(*each: Chunk) -> list[Entry]:
+    """An attempt's entries, without its end, of which each chunk has one of these deltas."""
+    compactor, entries = Compactor(1, "demo"), []
+    for delta in each:
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        entries += compactor.entries({"id": "c", "model": "m", "choices": [choice]})
+    return entries
+
+
+def log(*attempts: list[Entry]) -> list[Event]:
+    return [BIRTH] + [
+        Event(Cursor(number, seq), *each)
+        for number, entries in enumerate(attempts, 1)
+        for seq, each in enumerate(entries)
+    ]
+
+
+def frames(events: list[Event]) -> list[Any]:
+    encode = BORN()
+    body = b"".join(encode(event) for event in events)
+    told = []
+    for frame in body.decode().split("\n\n")[:-1]:
+        kind, data = frame.split("\n")
+        told.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {told[-1]['type']}"
+    return told
+
+
+def kinds(told: list[Any]) -> list[str]:
+    """Their types; of equal ones in a row the first."""
+    each = [frame["type"].removeprefix("response.") for frame in told]
+    return [kind for i, kind in enumerate(each) if i == 0 or kind != each[i - 1]]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_each_frame_is_one_that_the_sdk_knows_and_they_are_numbered_without_a_gap(
+    name: str,
+) -> None:
+    told = frames(log(said(*CORPUS[name])))
+    for frame in told:
+        SDK_EVENT.validate_python(frame)
+    assert [frame["sequence_number"] for frame in told] == list(range(len(told)))
+    assert kinds(told)[:3] == ["created", "queued", "in_progress"]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_the_deltas_add_up_to_what_is_told_when_they_are_done_and_to_the_response(
+    name: str,
+) -> None:
+    events = log(said(*CORPUS[name]))
+    told = frames(events)
+    state: ResponseStreamState[Any] = ResponseStreamState(input_tools=omit, text_format=omit)
+    grown: dict[int, str] = {}
+    for frame in told:
+        state.handle_event(SDK_EVENT.validate_python(frame))
+        if frame["type"].endswith(".delta"):
+            grown[frame["output_index"]] = grown.get(frame["output_index"], "") + frame["delta"]
+    last = told[-1]["response"]
+    assert list(map(healed, grown.values())) == [text_of(item) for item in last["output"]]
+    assert last == fold(BORN, events)
+    done = [frame["item"] for frame in told if frame["type"] == "response.output_item.done"]
+    assert last["output"] == done
+
+
+def healed(text: str) -> str:
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+
+def text_of(item: Chunk) -> str:
+    if item["type"] == "function_call":
+        return str(item["arguments"])
+    return "".join(part.get("text", part.get("refusal")) for part in item["content"])
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("plain", "completed", None),
+        ("a tool call in pieces", "completed", None),
+        ("stopped by length", "incomplete", "max_output_tokens"),
+        ("stopped by the filter", "incomplete", "content_filter"),
+        ("a late filter that blocks", "incomplete", "content_filter"),
+        ("empty", "completed", None),
+    ],
+)
+def test_the_last_frame_says_how_it_ended(name: str, status: str, reason: str | None) -> None:
+    last = frames(log(said(*CORPUS[name])))[-1]
+    assert (last["type"], last["response"]["status"]) == (f"response.{status}", status)
+    assert last["response"]["incomplete_details"] == ({"reason": reason} if reason else None)
+    assert {item["status"] for item in last["response"]["output"]} <= {status}
+
+
+def test_a_message_is_told_in_openais_order() -> None:
+    told = kinds(frames(log(said({"chunks": 3}))))[3:]
+    assert told == [
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+
+
+def test_pieces_of_two_calls_that_come_in_turn_stay_apart() -> None:
+    pieces = [
+        {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x":'}},
+        {"index": 1, "id": "b", "function": {"name": "g", "arguments": "[1,"}},
+        {"index": 0, "function": {"arguments": "1}"}},
+        {"index": 1, "function": {"arguments": "2]"}},
+    ]
+    entries = deltas(*({"tool_calls": [piece]} for piece in pieces))
+    output = frames(log([*entries, END]))[-1]["response"]["output"]
+    calls = [(item["call_id"], item["name"], item["arguments"]) for item in output]
+    assert calls == [("a", "f", '{"x":1}'), ("b", "g", "[1,2]")]
+
+
+def test_reasoning_is_an_item_of_its_own_before_the_message() -> None:
+    told = frames(log([*deltas({"reasoning_content": "Hm."}, {"content": "Yes."}), END]))
+    for frame in told:
+        SDK_EVENT.validate_python(frame)
+    output = told[-1]["response"]["output"]
+    assert [(item["type"], text_of(item)) for item in output] == [
+        ("reasoning", "Hm."),
+        ("message", "Yes."),
+    ]
+
+
+def test_a_refusal_after_text_is_a_second_part_of_the_message() -> None:
+    told = frames(log([*deltas({"content": "Well."}, {"refusal": "No."}), END]))
+    [message] = told[-1]["response"]["output"]
+    assert [part["type"] for part in message["content"]] == ["output_text", "refusal"]
+    [delta] = [frame for frame in told if frame["type"] == "response.refusal.delta"]
+    assert delta["content_index"] == 1
+
+
+def test_a_new_attempt_closes_the_items_of_the_last_and_none_is_ever_spliced() -> None:
+    first = deltas({"content": "No"}, {"tool_calls": [{"index": 0, "id": "a", "function": {}}]})
+    events = log(first, said({"chunks": 2}))
+    told = frames(events)
+    state: ResponseStreamState[Any] = ResponseStreamState(input_tools=omit, text_format=omit)
+    for frame in told:
+        state.handle_event(SDK_EVENT.validate_python(frame))
+    done = [frame["item"] for frame in told if frame["type"] == "response.output_item.done"]
+    assert [item["status"] for item in done] == ["incomplete", "incomplete", "completed"]
+    assert len({item["id"] for item in done}) == 3
+    [message] = told[-1]["response"]["output"]
+    assert (message["id"], text_of(message)) == (done[2]["id"], "0 1 ")
+    begun = [index for index, frame in enumerate(told) if "in_progress" in frame["type"]]
+    assert len(begun) == 2
+    assert told[begun[1]]["response"]["output"] == []
+
+
+def test_the_numbers_before_an_event_do_not_depend_on_what_follows() -> None:
+    events = log(deltas({"content": "a"}, {"content": "b"}), said(*CORPUS["parallel tools"]))
+    whole = frames(events)
+    for upto in range(len(events)):
+        told = frames(events[:upto])
+        assert told == whole[: len(told)]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("upstream_rate_limited", "rate_limit_exceeded"),
+        ("content_filter", "invalid_prompt"),
+        ("interrupted", "server_error"),
+    ],
+)
+def test_a_failure_is_told_in_the_codes_of_the_api_with_ours_beside(code: str, told: str) -> None:
+    failed = entry(FAILED, {"code": code, "message": "Sorry.", "retryable": False})
+    last = frames(log([*deltas({"content": "a"}), failed]))[-1]
+    SDK_EVENT.validate_python(last)
+    assert last["type"] == "response.failed"
+    response = last["response"]
+    assert response["status"] == "failed"
+    assert response["error"] == {"code": told, "message": "Sorry.", "type": code}
+    assert [item["status"] for item in response["output"]] == ["incomplete"]
+
+
+def test_a_cancelled_response_keeps_what_was_said_and_has_the_status_of_its_own() -> None:
+    last = frames(log([*deltas({"content": "a"}), entry(CANCELLED, {})]))[-1]
+    SDK_EVENT.validate_python(last)
+    response = last["response"]
+    assert (last["type"], response["status"]) == ("response.incomplete", "cancelled")
+    assert [text_of(item) for item in response["output"]] == ["a"]
+
+
+def test_an_end_before_the_first_chunk_is_told_after_the_birth() -> None:
+    told = frames(log([entry(CANCELLED, {})]))
+    assert kinds(told) == ["created", "queued", "incomplete"]
+
+
+def test_usage_has_the_names_of_the_api() -> None:
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 5,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    end = entry(COMPLETED, {"finish_reason": "stop", "usage": usage})
+    assert fold(BORN, log([*deltas({"content": "a"}), end]))["usage"] == {
+        "input_tokens": 7,
+        "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+        "output_tokens": 5,
+        "output_tokens_details": {"reasoning_tokens": 2},
+        "total_tokens": 12,
+    }
+
+
+def test_a_response_grows_from_queued_over_in_progress_and_tells_no_more_than_is_known() -> None:
+    events = log(said({"chunks": 2}))
+    grown = [fold(BORN, events[:upto]) for upto in range(1, len(events) + 1)]
+    for response in grown:
+        Response.model_validate(response)
+    statuses = [response["status"] for response in grown]
+    assert statuses == ["queued", *["in_progress"] * (len(events) - 2), "completed"]
+    assert grown[0]["id"] == f"resp_{BORN.stream_id}"
+
+
+def test_the_streams_id_stands_in_no_item() -> None:
+    output = fold(BORN, log(said(*CORPUS["parallel tools"])))["output"]
+    assert output
+    assert BORN.stream_id not in json.dumps(output)
+
+
+def test_the_rest_after_any_frame_is_found_however_the_body_is_cut() -> None:
+    encode = BORN()
+    pieces = [encode(event) for event in log(said({"text": ["\n\n", "b\r\n\r\n", "c"]}))]
+    whole = b"".join(pieces).split(b"\n\n")[:-1]
+    for start in range(len(whole) + 2):
+        skip, body = start, b""
+        for piece in pieces:
+            rest, skip = after(piece, skip)
+            body += rest
+        assert body.split(b"\n\n")[:-1] == whole[start:]
