@@ -35,7 +35,7 @@ class Claim:
     owner: str
     """Names this one claim, in Redis and against every other."""
     ordinal: int
-    """The how-manieth claim on this stream it is, from 1; for people."""
+    """Which claim on this stream it is, counted from 1; for people."""
     request: bytes
     """As it was stored, JSON."""
     job: bytes

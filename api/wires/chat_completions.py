@@ -91,7 +91,7 @@ def fold(events: Iterable[Event]) -> Chunk:
             # The filter's own chunks have an empty id, model and time.
             completion |= {k: v for k, v in chunk.items() if v or k not in completion}
             for choice in chunk.get("choices") or ():
-                _merge(choices.setdefault(choice.get("index", 0), {}), choice)
+                _add(choices.setdefault(choice.get("index", 0), {}), choice)
     whole = [_whole_choice(choices[index]) for index in sorted(choices)]
     return {**completion, "object": "chat.completion", "choices": whole}
 
@@ -106,6 +106,18 @@ def _whole_choice(choice: Chunk) -> Chunk:
     return {"logprobs": None, **choice, "message": message}
 
 
+def _add(whole: Chunk, choice: Chunk) -> None:
+    """What is said grows piece by piece; what is said about it, as the filter's results, is each
+    time the whole of it."""
+    said = {key: value for key, value in choice.items() if key in {"delta", "logprobs"}}
+    about = {key: value for key, value in choice.items() if key not in said and value is not None}
+    results = whole.get("content_filter_results", {}) | about.get("content_filter_results", {})
+    whole.update(about)
+    if results:
+        whole["content_filter_results"] = results
+    _merge(whole, said)
+
+
 def _merge(whole: Chunk, part: Chunk) -> None:
     for key, value in part.items():
         known = whole.get(key)
@@ -113,7 +125,7 @@ def _merge(whole: Chunk, part: Chunk) -> None:
             whole[key] = _own(value)
         elif value is None or key in _REPEATED:
             whole[key] = known if value is None else value
-        elif isinstance(known, str) and isinstance(value, str) and key != "finish_reason":
+        elif isinstance(known, str) and isinstance(value, str):
             whole[key] = known + value
         elif isinstance(known, dict) and isinstance(value, dict):
             _merge(known, value)
