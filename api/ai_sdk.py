@@ -1,27 +1,24 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
 import hashlib
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
-from redis.exceptions import RedisError
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed
-from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS, status_of
+from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS
 from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.shaped_route import ShapedRoute
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
 from api.wires import ui_messages as codec
 from relay.chats import Chats
-from relay.errors import RelayError, StreamGone
+from relay.errors import StreamGone
 from relay.logs import get_logger
 
 logger = get_logger("api")
@@ -39,9 +36,7 @@ class UIMessageViewer(Viewer):
             parts.hub,
             feed,
             None,
-            heartbeat_seconds=parts.settings.heartbeat_seconds,
-            write_seconds=parts.settings.write_seconds,
-            drain_seconds=parts.settings.drain_seconds,
+            **parts.pace,
             headers={**codec.HEADERS, "x-stream-id": feed.stream_id},
             **options,
         )
@@ -80,26 +75,14 @@ def refusal(status: int, code: str, message: str) -> Response:
     return JSONResponse({"error": message, "code": code}, status, headers)
 
 
-class ChatRoute(APIRoute):
+class ChatRoute(ShapedRoute):
     """A route whose every error says itself in `error`."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    def refuse(self, status: int, code: str, message: str) -> Response:
+        return refusal(status, code, message)
 
-        async def handle_or_refuse(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RelayError as failure:
-                return refusal(status_of(failure), failure.code, failure.message)
-            except RedisError as failure:
-                logger.warning("redis_away", error=type(failure).__name__)
-                return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-            except RequestValidationError as failure:
-                return _invalid(failure)
-            except HTTPException as failure:
-                return refusal(failure.status_code, "invalid_request", str(failure.detail))
-
-        return handle_or_refuse
+    def refuse_invalid(self, failure: RequestValidationError) -> Response:
+        return _invalid(failure)
 
 
 def _invalid(failure: RequestValidationError) -> Response:

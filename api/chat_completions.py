@@ -100,9 +100,7 @@ async def create(
         parts.hub,
         feed,
         None,
-        heartbeat_seconds=parts.settings.heartbeat_seconds,
-        write_seconds=parts.settings.write_seconds,
-        drain_seconds=parts.settings.drain_seconds,
+        **parts.pace,
         headers={"x-stream-id": stream_id},
         on_leave=on_leave,
     )

@@ -1,19 +1,15 @@
 """Errors under /v1, in OpenAI's shape, so that its SDKs raise what their users catch."""
 
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from redis.exceptions import RedisError
-from starlette.exceptions import HTTPException
 
-from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS, status_of
+from api.problems import RETRY_SECONDS
+from api.shaped_route import ShapedRoute
 from api.wires.chat_completions import error
-from relay.errors import RelayError
 from relay.logs import get_logger
 
 logger = get_logger("api")
@@ -60,26 +56,14 @@ def refusal(status: int, code: str, message: str, *, param: str | None = None) -
     return JSONResponse(body, status, headers)
 
 
-class OpenAIRoute(APIRoute):
+class OpenAIRoute(ShapedRoute):
     """A route whose every error has OpenAI's shape."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    def refuse(self, status: int, code: str, message: str) -> Response:
+        return refusal(status, code, message)
 
-        async def handle_or_refuse(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RelayError as failure:
-                return refusal(status_of(failure), failure.code, failure.message)
-            except RedisError as failure:
-                logger.warning("redis_away", error=type(failure).__name__)
-                return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-            except RequestValidationError as failure:
-                return _invalid(failure)
-            except HTTPException as failure:
-                return refusal(failure.status_code, "invalid_request", str(failure.detail))
-
-        return handle_or_refuse
+    def refuse_invalid(self, failure: RequestValidationError) -> Response:
+        return _invalid(failure)
 
 
 def _invalid(failure: RequestValidationError) -> Response:

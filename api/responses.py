@@ -52,9 +52,7 @@ class ResponseViewer(Viewer):
             parts.hub,
             feed,
             None,
-            heartbeat_seconds=parts.settings.heartbeat_seconds,
-            write_seconds=parts.settings.write_seconds,
-            drain_seconds=parts.settings.drain_seconds,
+            **parts.pace,
             headers={"x-stream-id": feed.stream_id},
             on_leave=on_leave,
         )

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -36,6 +36,14 @@ MOST_STREAMS = 100
 """On one connection: its cursor must fit into a header."""
 
 
+class Pace(TypedDict):
+    """The times of a long response, as its class takes them."""
+
+    heartbeat_seconds: float
+    write_seconds: float
+    drain_seconds: float
+
+
 class Parts:
     """What the routes work with; one per process, in `app.state.parts`."""
 
@@ -44,6 +52,11 @@ class Parts:
         self.log = log
         self.hub = hub
         self.presence = presence
+        self.pace: Pace = {
+            "heartbeat_seconds": settings.heartbeat_seconds,
+            "write_seconds": settings.write_seconds,
+            "drain_seconds": settings.drain_seconds,
+        }
 
     @property
     def model(self) -> str:
@@ -181,9 +194,7 @@ async def chat(
         parts.hub,
         feed,
         None,
-        heartbeat_seconds=parts.settings.heartbeat_seconds,
-        write_seconds=parts.settings.write_seconds,
-        drain_seconds=parts.settings.drain_seconds,
+        **parts.pace,
         headers=headers,
         on_leave=partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None,
     )
@@ -234,9 +245,7 @@ async def several(
     return MultiViewer(
         parts.hub,
         lanes,
-        heartbeat_seconds=parts.settings.heartbeat_seconds,
-        write_seconds=parts.settings.write_seconds,
-        drain_seconds=parts.settings.drain_seconds,
+        **parts.pace,
     )
 
 
@@ -293,9 +302,7 @@ async def events(
         parts.hub,
         feed,
         cursor,
-        heartbeat_seconds=parts.settings.heartbeat_seconds,
-        write_seconds=parts.settings.write_seconds,
-        drain_seconds=parts.settings.drain_seconds,
+        **parts.pace,
         headers={"x-stream-id": stream_id},
     )
 
