@@ -6,8 +6,11 @@ later entries leave unsaid, the envelope (id, model, created, …) and the lates
 """
 
 import hashlib
-from typing import Any
+import json
+import re
+from typing import Any, NamedTuple, Self
 
+from relay.errors import Garbled, UpstreamError
 from relay.events import (
     STARTED,
     TEXT,
@@ -25,6 +28,65 @@ Chunk = dict[str, Any]
 _ENVELOPE = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
 # Random padding against traffic analysis; noise by its own definition.
 _NOISE = frozenset({"obfuscation"})
+# With these escapes alone a JSON string is about as long as its text.
+_COMPACT_STRING = re.compile(rb'"[^"\\\x00-\x1f]*(?:\\["\\/bfnrt][^"\\\x00-\x1f]*)*"')
+_PROBE = "(the text)"
+
+
+def parse(data: bytes) -> Chunk:
+    """Raises UpstreamError for what is no chunk, and for an error in the place of one."""
+    try:
+        chunk = _load(data)
+    except (ValueError, RecursionError):
+        chunk = None
+    if not isinstance(chunk, dict) or not _well_formed(chunk):
+        raise Garbled
+    if chunk.get("error"):
+        raise UpstreamError(
+            "upstream_failed", "The model service broke the answer off.", retryable=True
+        )
+    return chunk
+
+
+def _load(data: bytes) -> Any:
+    return json.loads(data.decode(errors="replace"))
+
+
+def _well_formed(chunk: Chunk) -> bool:
+    choices = chunk.get("choices") or []
+    return isinstance(choices, list) and all(
+        isinstance(choice, dict)
+        and isinstance(choice.get("index", 0), int)
+        and isinstance(choice.get("delta") or {}, dict)
+        for choice in choices
+    )
+
+
+class _Frame(NamedTuple):
+    """The bytes around the text of a chunk. Another chunk with the same bytes around another string
+    differs in its text alone; nearly all of an answer is told so, without being parsed."""
+
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(cls, data: bytes, chunk: Chunk) -> Self | None:
+        """None where it is not certain which string is the text."""
+        text = to_json(first_choice_text(chunk))
+        for name in (b'"content":', b'"content": '):
+            before, found, after = data.partition(name + text)
+            if found:
+                frame = cls(before + name, after)
+                probe = frame.before + to_json(_PROBE) + frame.after
+                return frame if _load(probe) == _with_text(chunk, _PROBE) else None
+        return None
+
+    def text_in(self, data: bytes) -> bytes | None:
+        """The JSON string in the place of the text; None if this is not such a chunk."""
+        if not (data.startswith(self.before) and data.endswith(self.after)):
+            return None
+        text = data[len(self.before) : len(data) - len(self.after)]
+        return text if _COMPACT_STRING.fullmatch(text) else None
 
 
 class Compactor:
@@ -35,14 +97,31 @@ class Compactor:
         self._model = model
         self._envelope: Chunk | None = None
         self._shape: bytes | None = None
+        self._frame: _Frame | None = None
+        """Of chunks that are stored as their text; to parse them gives the same."""
         self._texts: list[str] = []
         self._open_choices: set[int] = set()
         self.chunks = 0
         self.finish_reason: str | None = None
         self.usage: Chunk | None = None
 
-    def entries(self, chunk: Chunk) -> list[Entry]:
-        """The entries for one chunk: `started` before the first, then one per chunk."""
+    def entries(self, data: bytes) -> list[Entry]:
+        """The entries for one chunk: `started` before the first, then one per chunk.
+
+        Raises UpstreamError for what is no chunk.
+        """
+        text = self._frame.text_in(data) if self._frame is not None else None
+        if text is not None and (told := _utf8(text)) is not None:
+            self.chunks += 1
+            self._texts.append(told[1:-1] if "\\" not in told else json.loads(told))
+            return [Entry(TEXT, text)]
+        chunk = parse(data)
+        entries = self._entries(chunk)
+        if self._frame is None and self._shape is not None and entries[-1].kind == TEXT:
+            self._frame = _Frame.of(data, chunk)
+        return entries
+
+    def _entries(self, chunk: Chunk) -> list[Entry]:
         envelope = {key: value for key, value in chunk.items() if key in _ENVELOPE}
         rest = {k: v for k, v in chunk.items() if k not in _ENVELOPE and k not in _NOISE}
         self._note(rest)
@@ -53,7 +132,7 @@ class Compactor:
             return [entry(STARTED, started), self._compact(rest)]
         if envelope == self._envelope:
             return [self._compact(rest)]
-        self._envelope, self._shape = envelope, None
+        self._envelope, self._shape, self._frame = envelope, None, None
         return [entry(WHOLE, {"chunk": rest, "envelope": envelope})]
 
     def summary(self) -> Chunk:
@@ -74,7 +153,7 @@ class Compactor:
         shape = to_json(_with_text(rest, ""))
         if shape == self._shape:
             return entry(TEXT, text)
-        self._shape = shape
+        self._shape, self._frame = shape, None
         return entry(WHOLE, {"chunk": rest})
 
     def _note(self, rest: Chunk) -> None:
@@ -125,3 +204,10 @@ def _plain_text(rest: Chunk) -> str | None:
 def _with_text(shape: Chunk, text: str) -> Chunk:
     choice = shape["choices"][0]
     return {**shape, "choices": [{**choice, "delta": {**choice["delta"], "content": text}}]}
+
+
+def _utf8(text: bytes) -> str | None:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None

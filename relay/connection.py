@@ -15,8 +15,10 @@ from redis.asyncio.connection import (
     parse_url,
 )
 from redis.commands.core import AsyncScript
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.typing import EncodableT
 
 # So short that a worker whose connection hangs can renew its lease by another in time.
 ANSWER_SECONDS = 2.0
@@ -30,7 +32,7 @@ def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_S
     kind = options.pop("connection_class", Connection)
     pool = _Pool(
         **options,
-        connection_class=_CANCELLABLE[kind],
+        connection_class=_LEAN[kind],
         max_connections=connections,
         timeout=WAIT_SECONDS,
         socket_timeout=answer_seconds,
@@ -58,9 +60,22 @@ class _Pool(BlockingConnectionPool):
         await super().release(connection)
 
 
-class _Cancellable(AbstractConnection):
+class Lean(AbstractConnection):
     """redis-py bounds a write by asyncio.wait_for, which on Python 3.11 returns a result that came
     together with a cancel, and forgets the cancel: a task in a loop of calls would never end."""
+
+    def pack_command(self, *args: EncodableT) -> list[bytes]:
+        """By hiredis, as the synchronous redis-py has it: an append has many arguments."""
+        return _packer.pack(*args)  # type: ignore[no-any-return, arg-type]
+
+    async def read_message(self) -> Any:
+        """The next thing that Redis says, however long that takes: a time limit of its own would
+        cost each message of a channel more than all else."""
+        parser: Any = self._parser
+        try:
+            return await parser.read_response()
+        except OSError as error:
+            raise RedisConnectionError(f"the connection broke: {error}") from error
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True
@@ -89,16 +104,19 @@ class _Cancellable(AbstractConnection):
             raise
 
 
-class _Tcp(_Cancellable, Connection):
+_packer = HiredisRespSerializer()
+
+
+class _Tcp(Lean, Connection):
     pass
 
 
-class _Tls(_Cancellable, SSLConnection):
+class _Tls(Lean, SSLConnection):
     pass
 
 
-class _Unix(_Cancellable, UnixDomainSocketConnection):
+class _Unix(Lean, UnixDomainSocketConnection):
     pass
 
 
-_CANCELLABLE = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
+_LEAN = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}

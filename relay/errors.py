@@ -10,6 +10,7 @@ RelayError
 ├── QueueFull               nothing was created; try later
 ├── StreamLost              this attempt may no longer write
 └── UpstreamError           the model service failed; carries its own code
+    └── Garbled             it sent what is no answer
 
 `code` is public and stable. The message is one sentence that says what to do, and never holds
 prompt, answer or vendor text.
@@ -71,3 +72,9 @@ class UpstreamError(RelayError):
         super().__init__(message)
         self.code = code
         self.retryable = retryable
+
+
+class Garbled(UpstreamError):
+    def __init__(self) -> None:
+        message = "The model service sent what is no answer: ask again."
+        super().__init__("upstream_garbled", message, retryable=True)

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple, Self
 
 from arq.jobs import serialize_job
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+from redis.typing import EncodableT
 
 from relay import keys
 from relay.connection import script
@@ -27,6 +29,17 @@ class Created(NamedTuple):
     stream_id: str
     repeated: bool
     """Whether the Idempotency-Key led to a stream that stood already."""
+
+
+class Batch(NamedTuple):
+    """What one attempt has to append, from seq `first` on. An entry of a terminal kind must be the
+    last."""
+
+    stream_id: str
+    attempt: int
+    owner: str
+    first: int
+    entries: Sequence[Entry]
 
 
 class Appended(NamedTuple):
@@ -125,37 +138,25 @@ class Log:
                 )
         return Created(rest[0].decode(), repeated=verdict == b"repeated")
 
-    async def append(
-        self, stream_id: str, attempt: int, owner: str, first: int, entries: Sequence[Entry]
-    ) -> Appended:
-        """Append an attempt's entries from seq `first` on, and publish them, in one atom.
+    async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
+        """Append what several attempts have, and publish it: each batch in one atom, all in one
+        call. Harmless to repeat. A terminal entry closes its log.
 
-        Harmless to repeat. An entry of a terminal kind must be the last and closes the log.
-        Raises StreamLost if this owner may not write.
+        Returns an outcome for each: StreamLost if its owner may not write, ResponseError if Redis
+        refuses it alone, of which nothing is known then.
         """
-        ending = entries[-1].kind if entries[-1].kind in TERMINAL else ""
-        verdict, next_seq, cancel = await self._append(
-            keys=[
-                keys.log(stream_id),
-                keys.state(stream_id),
-                keys.channel(stream_id),
-                keys.LEASES,
-                keys.job(stream_id),
-            ],
-            args=[
-                stream_id,
-                attempt,
-                owner,
-                first,
-                self._retention_ms if ending else self._live_ms,
-                ending,
-                *(part for entry in entries for part in entry),
-            ],
-        )
-        repeated_closing = verdict == b"closed" and ending and next_seq == first + len(entries)
-        if verdict == b"ok" or repeated_closing:
-            return Appended(next_seq, bool(cancel))
-        raise StreamLost(f"the log refused the append: {verdict.decode()}")
+        arguments: list[EncodableT] = [
+            *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+            keys.LEASES,
+            self._retention_ms,
+        ]
+        for stream_id, attempt, owner, first, entries in batches:
+            ending = entries[-1].kind if entries[-1].kind in TERMINAL else ""
+            arguments += (stream_id, attempt, owner, first, ending, len(entries))
+            for entry in entries:
+                arguments += entry
+        verdicts = await self._append(args=arguments)
+        return [_outcome(*pair) for pair in zip(batches, verdicts, strict=True)]
 
     async def read(self, stream_id: str, after: Cursor | None = None) -> list[Event]:
         """All events strictly after a cursor. Raises StreamGone if there is no such log."""
@@ -268,6 +269,20 @@ class Log:
 PROBE_SECONDS = 60
 VIEWERS_SECONDS = 60
 """How long a report of viewers counts; a process that died stops counting after that."""
+
+
+def _outcome(batch: Batch, answer: tuple[bytes, int, int]) -> Appended | StreamLost | ResponseError:
+    verdict, next_seq, cancel = answer
+    repeated_closing = (
+        verdict == b"closed"
+        and batch.entries[-1].kind in TERMINAL
+        and next_seq == batch.first + len(batch.entries)
+    )
+    if verdict == b"ok" or repeated_closing:
+        return Appended(next_seq, bool(cancel))
+    if verdict in {b"fenced", b"closed", b"erased"}:
+        return StreamLost(f"the log refused the append: {verdict.decode()}")
+    return ResponseError(verdict.decode())
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> Event:

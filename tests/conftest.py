@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from cli.redis_server import RedisServer, end_with_parent, find_redis_server
 from emulator.app import Emulator
 from emulator.script import prompt
 from emulator.serve import serve
-from relay.claim import Claims
+from relay.claim import Claim, Claims
 from relay.connection import connect
-from relay.log import Log
+from relay.events import Entry
+from relay.log import Appended, Batch, Log
 from relay.logs import configure_logs
 from relay.settings import Settings
 from worker.claiming import ClaimingWorker
@@ -95,6 +96,15 @@ def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
         "max_attempts": 3,
     }
     return Claims(redis, worker, **(limits | changes))
+
+
+async def append(log: Log, claim: Claim, first: int, entries: Sequence[Entry]) -> Appended:
+    """What one attempt appends, alone in its call."""
+    batch = Batch(claim.stream_id, claim.attempt, claim.owner, first, entries)
+    [outcome] = await log.append([batch])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from relay.events import (
     Entry,
     Event,
     entry,
+    to_json,
 )
 
 FAILURE = {"code": "interrupted", "message": "Ask again.", "retryable": True}
@@ -156,7 +157,7 @@ class Story:
     def _line_up(self, choice: Chunk, finish: str | None = None) -> None:
         choice = {"index": 0, "finish_reason": finish, **choice}
         head = {"id": f"chatcmpl-{len(self.sent)}", "model": "gpt"}
-        self.entries += self.compactor.entries({**head, "choices": [choice]})
+        self.entries += self.compactor.entries(to_json({**head, "choices": [choice]}))
 
     def _step(self, events: list[Event]) -> None:
         self.stood.append(self.redis + events)

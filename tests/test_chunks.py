@@ -1,13 +1,15 @@
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.chunks import Chunk, Compactor, Expander
-from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Entry, Event, entry
+from relay.chunks import Chunk, Compactor, Expander, parse
+from relay.errors import UpstreamError
+from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Entry, Event, entry, to_json
 from tests.test_events import ANY_TEXT
 
 HEAD: Chunk = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x"}
@@ -113,9 +115,14 @@ RECORDED: dict[str, list[Chunk]] = {
 }
 
 
-def entries_of(chunks: list[Chunk]) -> list[Entry]:
+def spaced(chunk: Chunk) -> bytes:
+    """JSON as others write it."""
+    return json.dumps(chunk).encode()
+
+
+def entries_of(chunks: list[Chunk], render: Callable[[Chunk], bytes] = to_json) -> list[Entry]:
     compactor = Compactor(1, "asked-for")
-    return [entry for chunk in chunks for entry in compactor.entries(chunk)]
+    return [entry for chunk in chunks for entry in compactor.entries(render(chunk))]
 
 
 def expanded(entries: list[Entry]) -> list[Chunk]:
@@ -129,9 +136,12 @@ def bytes_of(entry: Entry) -> int:
     return len(entry.kind) + len(entry.data)
 
 
+@pytest.mark.parametrize("render", [to_json, spaced])
 @pytest.mark.parametrize("chunks", RECORDED.values(), ids=RECORDED)
-def test_what_the_upstream_said_is_read_back_whole(chunks: list[Chunk]) -> None:
-    assert expanded(entries_of(chunks)) == chunks
+def test_what_the_upstream_said_is_read_back_whole(
+    chunks: list[Chunk], render: Callable[[Chunk], bytes]
+) -> None:
+    assert expanded(entries_of(chunks, render)) == chunks
 
 
 INDEXES = st.integers(0, 2)
@@ -179,9 +189,65 @@ CHUNKS = PLAIN | st.builds(
 )
 
 
-@given(st.lists(CHUNKS, max_size=6))
-def test_whatever_the_upstream_says_is_read_back_whole(chunks: list[Chunk]) -> None:
-    assert expanded(entries_of(chunks)) == chunks
+@given(st.lists(CHUNKS, max_size=6), st.sampled_from([to_json, spaced]))
+def test_whatever_the_upstream_says_is_read_back_whole(
+    chunks: list[Chunk], render: Callable[[Chunk], bytes]
+) -> None:
+    assert expanded(entries_of(chunks, render)) == chunks
+
+
+TEMPLATES = [
+    b'{"id":"c","choices":[{"index":0,"delta":{"content":%b},"finish_reason":null}]}',
+    b'{"choices": [{"index": 0, "delta": {"content": %b}, "finish_reason": null}]}',
+    b'{"choices":[{"index":0,"delta":{"content" : %b},"finish_reason":null}]}',
+    b'{"content":"a","choices":[{"index":0,"delta":{"content":%b},"finish_reason":null}]}',
+    b'{"choices":[{"index":0,"delta":{"content":%b},"finish_reason":null}],"content":"a"}',
+    b'{"choices":[{"index":0,"delta":{"content":%b,"content":"a"},"finish_reason":null}]}',
+    b'{"choices":[{"index":0,"delta":{"x":"\\"content\\":\\"a\\"","content":%b},"finish_reason":null}]}',
+    b'{"choices":[{"index":0,"delta":{"content":%b},"finish_reason":null}],"obfuscation":"q"}',
+]
+STRINGS = [b'"a"', b'"b"', b'"\\u0062"', b'"\\n\\"\\\\\\/"', b'"\\ud83d"', '"\u2028😀"'.encode()]
+STRINGS += [b"null", b'"a","x":"b"', b'"a"},"x":{"y":"b"', b'"\xff"', b'"\n"', b'"', b"", b'"\\x"']
+
+
+@given(
+    st.sampled_from(TEMPLATES),
+    st.lists(st.sampled_from(STRINGS), min_size=3, max_size=8),
+    st.lists(st.tuples(st.sampled_from(TEMPLATES), st.sampled_from(STRINGS)), max_size=3),
+)
+def test_a_chunk_that_is_told_by_its_bytes_is_stored_as_one_that_is_parsed(
+    template: bytes, strings: list[bytes], others: list[tuple[bytes, bytes]]
+) -> None:
+    known, parsed = Compactor(1, "m"), Compactor(1, "m")
+    for form, text in [*((template, text) for text in strings), *others]:
+        data = form % text
+        parsed._frame = None
+        expected, given_ = [outcome(compactor, data) for compactor in (parsed, known)]
+        assert [(e.kind, json.loads(e.data)) for e in given_] == [
+            (e.kind, json.loads(e.data)) for e in expected
+        ]
+        assert known.summary() == parsed.summary()
+
+
+def outcome(compactor: Compactor, data: bytes) -> list[Entry]:
+    try:
+        return compactor.entries(data)
+    except UpstreamError as error:
+        return [entry("failed", error.code)]
+
+
+def test_nearly_all_of_an_answer_is_told_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = 0
+
+    def counted(data: bytes) -> Chunk:
+        nonlocal parsed
+        parsed += 1
+        return parse(data)
+
+    monkeypatch.setattr("relay.chunks.parse", counted)
+    texts = [said(f"{n}") for n in range(100)]
+    entries_of([ROLE, *texts, STOP, USAGE])
+    assert parsed < 10
 
 
 def test_true_and_one_are_not_the_same_chunk() -> None:
@@ -194,16 +260,6 @@ def test_the_padding_against_eavesdroppers_is_dropped() -> None:
     entries = entries_of(padded)
     assert expanded(entries) == [said("a"), said("b"), said("c")]
     assert [entry.kind for entry in entries[2:]] == [TEXT, TEXT]
-
-
-def test_a_chunk_given_is_left_as_it_was() -> None:
-    given_chunk = said("a", obfuscation="x")
-    before = json.dumps(given_chunk)
-    compactor = Compactor(1, "m")
-    [*_, first] = compactor.entries(given_chunk)
-    compactor.entries(said("b"))
-    Expander().chunk(Event(Cursor(1, 1), *first))
-    assert json.dumps(given_chunk) == before
 
 
 @given(st.lists(ANY_TEXT, min_size=2, max_size=6))
@@ -277,7 +333,7 @@ def test_an_answer_is_complete_when_each_choice_that_began_has_finished(
 ) -> None:
     compactor = Compactor(1, "m")
     for each in chunks:
-        compactor.entries(each)
+        compactor.entries(to_json(each))
     assert (compactor.complete, compactor.finish_reason) == (complete, reason)
 
 
@@ -292,7 +348,7 @@ def test_an_answer_is_complete_when_each_choice_that_began_has_finished(
 def test_the_last_usage_counts(chunks: list[Chunk], usage: Chunk | None) -> None:
     compactor = Compactor(1, "m")
     for each in chunks:
-        compactor.entries(each)
+        compactor.entries(to_json(each))
     assert compactor.usage == usage
 
 
@@ -310,6 +366,6 @@ def test_the_summary_tells_the_number_of_chunks_and_the_hash_of_the_text(
 ) -> None:
     compactor = Compactor(1, "m")
     for each in chunks:
-        compactor.entries(each)
+        compactor.entries(to_json(each))
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert compactor.summary() == {"chunks": len(chunks), "sha256": digest}

@@ -15,7 +15,7 @@ from relay.connection import connect
 from relay.errors import StreamLost
 from relay.events import COMPLETED, FAILED, STARTED, TEXT, entry
 from relay.log import JOB, Log, Recovery
-from tests.conftest import make_claims, make_log, until
+from tests.conftest import append, make_claims, make_log, until
 
 REQUEST = {"messages": [{"role": "user", "content": "hi"}]}
 BEGIN = [entry(STARTED, {"attempt": 1}), entry(TEXT, "a")]
@@ -49,7 +49,7 @@ async def lapse(redis: Redis, claim: Claim) -> None:
 
 
 async def write(log: Log, claim: Claim) -> None:
-    await log.append(claim.stream_id, claim.attempt, claim.owner, 0, BEGIN)
+    await append(log, claim, 0, BEGIN)
 
 
 async def places(redis: Redis) -> tuple[list[str], list[str]]:
@@ -178,7 +178,7 @@ async def test_each_renewal_has_its_own_verdict(redis: Redis, log: Log) -> None:
     await create(log, 6)
     held, cancel, ended, erased, handed, taken = await claims.claim(6)
     await log.cancel(cancel.stream_id)
-    await log.append(ended.stream_id, ended.attempt, ended.owner, 0, BEGIN + END)
+    await append(log, ended, 0, BEGIN + END)
     await log.erase(erased.stream_id)
     await claims.hand_over(taken)
     [again] = await other.claim(1)
@@ -268,7 +268,7 @@ async def test_what_has_ended_is_neither_handed_over_nor_swept(
 ) -> None:
     await create(log)
     [claim] = await claims.claim(1)
-    await log.append(claim.stream_id, claim.attempt, claim.owner, 0, BEGIN + END)
+    await append(log, claim, 0, BEGIN + END)
     await claims.hand_over(claim)
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
     assert await claims.sweep() == []

@@ -25,7 +25,7 @@ from relay.claim import Claim
 from relay.errors import StreamGone, StreamLost
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Entry, Event, entry
 from relay.log import Recovery
-from tests.conftest import make_claims, make_log
+from tests.conftest import append, make_claims, make_log
 
 T = TypeVar("T")
 LEASE_MS = 5_000
@@ -171,7 +171,7 @@ class Streams(RuleBasedStateMachine):
         claim, stream = writer.claim, self.expected[writer.claim.stream_id]
         batch = writer.entries[first:] or writer.entries[-1:]
         first = len(writer.entries) - len(batch)
-        sending = self.log.append(claim.stream_id, claim.attempt, claim.owner, first, batch)
+        sending = append(self.log, claim, first, batch)
         repeats_its_end = not stream.erased and writer.sent == len(writer.entries)
         repeats_its_end = repeats_its_end and batch[-1].kind == stream.ended
         if stream.holder is not claim and not repeats_its_end:

@@ -14,10 +14,10 @@ from relay import keys
 from relay.chunks import Compactor
 from relay.claim import Claim, Claims
 from relay.errors import StreamGone
-from relay.events import Event, text_of
+from relay.events import Event, text_of, to_json
 from relay.log import Log
 from relay.settings import Settings
-from tests.conftest import asking, changed, make_claims, running_worker
+from tests.conftest import append, asking, changed, make_claims, running_worker
 from worker.claiming import ClaimingWorker
 from worker.health import is_healthy
 from worker.main import create_worker
@@ -236,7 +236,7 @@ async def dead_worker(redis: Redis, log: Log, **script: Any) -> str:
     [claim] = await make_claims(redis, "dead", lease_ms=1).claim(1)
     compactor = Compactor(1, "demo")
     chunk = {"choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
-    await log.append(stream_id, claim.attempt, claim.owner, 0, compactor.entries(chunk))
+    await append(log, claim, 0, compactor.entries(to_json(chunk)))
     return stream_id
 
 

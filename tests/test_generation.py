@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from cli.redis_server import RedisServer
 from emulator.app import Emulator, Record
 from relay import keys
-from relay.chunks import Chunk, Expander
+from relay.chunks import Chunk, Expander, parse
 from relay.claim import Claim, Claims
 from relay.connection import connect
-from relay.errors import StreamGone
-from relay.events import Cursor, Entry, Event, text_of
-from relay.log import Appended, Log
+from relay.errors import StreamGone, StreamLost
+from relay.events import Cursor, Event, text_of
+from relay.log import Appended, Batch, Log
 from relay.settings import Settings
 from tests.conftest import asking, changed
+from worker.appender import Appender
 from worker.generation import Generation
 from worker.upstream import Upstream
 
@@ -42,22 +44,20 @@ class NotedLog(Log):
         self._grown = asyncio.Condition()
         self.failed = asyncio.Event()
 
-    async def append(
-        self, stream_id: str, attempt: int, owner: str, first: int, entries: Sequence[Entry]
-    ) -> Appended:
+    async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         self.calls += 1
         if self.fail:
             self.fail -= 1
             self.failed.set()
             raise RedisConnectionError("no way there")
-        appended = await super().append(stream_id, attempt, owner, first, entries)
+        outcomes = await super().append(batches)
         if self.deafen:
             self.deafen -= 1
             raise RedisConnectionError("no way back")
         async with self._grown:
-            self.standing = appended.next_seq
+            self.standing = max([o.next_seq for o in outcomes if isinstance(o, Appended)] or [0])
             self._grown.notify_all()
-        return appended
+        return outcomes
 
     async def reaches(self, seq: int) -> None:
         async with asyncio.timeout(5), self._grown:
@@ -66,7 +66,7 @@ class NotedLog(Log):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.generation.REDIS_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("worker.appender.REDIS_RETRY_SECONDS", 0.01)
     monkeypatch.setattr("worker.retry.FIRST_SECONDS", 0.001)
 
 
@@ -103,7 +103,7 @@ def generation(
     *,
     answer_seconds: float = 10,
 ) -> Generation:
-    return Generation(claim, log, upstream, answer_seconds=answer_seconds)
+    return Generation(claim, Appender(log), upstream, answer_seconds=answer_seconds)
 
 
 async def run(generation: Generation) -> None:
@@ -166,7 +166,8 @@ async def test_nothing_the_upstream_said_is_lost(
     expander = Expander()
     events = await log.read(claim.stream_id)
     told = [chunk for event in events if (chunk := expander.chunk(event)) is not None]
-    said = [chunk async for chunk in upstream.stream(asking(**script))]
+    answer = upstream.stream(asking(**script))
+    said = [parse(data) async for together in answer for data in together]
     for chunk in (*told, *said):  # Of two answers to the same question only these differ.
         for name in ("id", "created"):
             chunk.pop(name, None)
@@ -240,8 +241,8 @@ async def test_a_request_that_cannot_be_read_ends_its_stream_alone(
 
 
 class BrokenUpstream(Upstream):
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        yield {"choices": [{"index": 0, "delta": {"content": "so far"}, "finish_reason": None}]}
+    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
+        yield [b'{"choices":[{"index":0,"delta":{"content":"so far"},"finish_reason":null}]}']
         raise RuntimeError(str(request["messages"]))
 
 
@@ -567,11 +568,11 @@ class DyingUpstream(Upstream):
         super().__init__(settings)
         self.begun = asyncio.Event()
 
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[Chunk]:
+    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
         self.begun.set()
         try:
             await asyncio.Event().wait()
-            yield request
+            yield []
         finally:
             raise RuntimeError("the-marker")
 

@@ -23,7 +23,7 @@ from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, entry
 from relay.ids import new_stream_id
 from relay.log import Log
 from tests.asgi import Taker, watching
-from tests.conftest import make_claims, make_log, until
+from tests.conftest import append, make_claims, make_log, until
 
 
 @asynccontextmanager
@@ -78,11 +78,7 @@ class Writer:
 
     async def append(self, *entries: Entry) -> None:
         assert self._claim is not None
-        claim = self._claim
-        appended = await self._log.append(
-            claim.stream_id, claim.attempt, claim.owner, self._next, entries
-        )
-        self._next = appended.next_seq
+        self._next = (await append(self._log, self._claim, self._next, entries)).next_seq
 
 
 @pytest.fixture

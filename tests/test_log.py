@@ -28,7 +28,7 @@ from relay.events import (
 )
 from relay.ids import is_stream_id, new_stream_id
 from relay.log import VIEWERS_SECONDS, Appended, Log
-from tests.conftest import make_claims, make_log
+from tests.conftest import append, make_claims, make_log
 
 SECRET = "a prompt that nobody else may see"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}]}
@@ -63,10 +63,6 @@ async def lapse(redis: Redis, claim: Claim) -> None:
     """As if the worker had not renewed for longer than its lease."""
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
     assert await make_claims(redis).sweep() == [(claim.stream_id, "")]
-
-
-async def append(log: Log, claim: Claim, first: int, entries: list[Entry]) -> Appended:
-    return await log.append(claim.stream_id, claim.attempt, claim.owner, first, entries)
 
 
 async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:

@@ -13,7 +13,7 @@ from api.wires.responses import Born, after, fold
 from emulator.answers import Answer
 from emulator.script import Script
 from relay.chunks import Chunk, Compactor
-from relay.events import CANCELLED, COMPLETED, FAILED, QUEUED, Cursor, Entry, Event, entry
+from relay.events import CANCELLED, COMPLETED, FAILED, QUEUED, Cursor, Entry, Event, entry, to_json
 from relay.ids import new_stream_id
 from tests.corpus import CORPUS
 
@@ -30,7 +30,7 @@ def said(fields: Chunk, asked: Chunk | None = None) -> list[Entry]:
     compactor, entries = Compactor(1, "demo"), []
     for line in b"".join(piece for _, piece, _ in answer.steps()).split(b"\n\n"):
         if line and line != b"data: [DONE]":
-            entries += compactor.entries(json.loads(line.removeprefix(b"data: ")))
+            entries += compactor.entries(line.removeprefix(b"data: "))
     end = {"finish_reason": compactor.finish_reason, "usage": compactor.usage}
     return [*entries, entry(COMPLETED, {**end, **compactor.summary()})]
 
@@ -40,7 +40,7 @@ def deltas(*each: Chunk) -> list[Entry]:
     compactor, entries = Compactor(1, "demo"), []
     for delta in each:
         choice = {"index": 0, "delta": delta, "finish_reason": None}
-        entries += compactor.entries({"id": "c", "model": "m", "choices": [choice]})
+        entries += compactor.entries(to_json({"id": "c", "model": "m", "choices": [choice]}))
     return entries
 
 

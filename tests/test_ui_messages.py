@@ -23,6 +23,7 @@ from relay.events import (
     Event,
     entry,
     join_text,
+    to_json,
 )
 from tests.corpus import CORPUS
 
@@ -45,7 +46,7 @@ def numbered(entries: Iterable[Entry]) -> list[Event]:
 def attempt(chunks: Iterable[Chunk], number: int = 1) -> tuple[list[Entry], Entry]:
     """An attempt's entries without its end, and its end."""
     compactor = Compactor(number, "m")
-    entries = [each for chunk in chunks for each in compactor.entries(chunk)]
+    entries = [each for chunk in chunks for each in compactor.entries(to_json(chunk))]
     return entries, entry(COMPLETED, {"finish_reason": compactor.finish_reason})
 
 

@@ -5,43 +5,43 @@ import json
 from contextlib import aclosing
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from relay.chunks import Compactor
 from relay.claim import Claim
 from relay.errors import RelayError, StreamLost, UpstreamError
 from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
-from relay.log import Log
+from relay.log import Appended, Batch
 from relay.logs import get_logger
+from worker.appender import Appender
 from worker.upstream import Upstream
 
 logger = get_logger("generation")
 
-REDIS_RETRY_SECONDS = 0.2
-
 
 class Generation:
-    """Two halves: one reads the upstream and lines up entries, the other appends what has lined up,
-    all of it at once. So a fast upstream costs few appends and a slow Redis never stalls the
-    upstream. The entries are kept until the terminal one stands: should Redis come back without
-    its last second, the log is brought up to date from them.
+    """It reads the upstream and lines up entries, which the appender takes from there, all at once.
+    So a fast upstream costs few appends and a slow Redis never stalls the upstream. The entries are
+    kept until the terminal one stands: should Redis come back without its last second, the log is
+    brought up to date from them.
     """
 
     def __init__(
         self,
         claim: Claim,
-        log: Log,
+        appender: Appender,
         upstream: Upstream,
         *,
         answer_seconds: float,
     ) -> None:
         self._claim = claim
-        self._log = log
+        self._appender = appender
         self._upstream = upstream
         self._answer_seconds = answer_seconds
         self._compactor = Compactor(claim.ordinal, upstream.model)
         self._entries: list[Entry] = []
-        self._lined_up = asyncio.Event()
+        self._standing = 0
+        """How many of them stand in the log."""
+        self._over = asyncio.Event()
+        """The terminal one stands, or none may be written any more."""
         self._reader: asyncio.Task[None] | None = None
         self._cancel_asked = False
         self._lost = False
@@ -54,9 +54,7 @@ class Generation:
         if self._cancel_asked:
             self._reader.cancel()
         try:
-            await self._append()
-        except StreamLost as lost:
-            logger.info("attempt_lost", **self._names, reason=lost.message)
+            await self._over.wait()
         finally:
             self._lost = True
             self._reader.cancel()
@@ -74,7 +72,7 @@ class Generation:
         self._lost = True
         if self._reader is not None:
             self._reader.cancel()
-        self._lined_up.set()
+        self._over.set()
 
     async def _read(self) -> None:
         request = json.loads(self._claim.request)
@@ -82,8 +80,9 @@ class Generation:
             asyncio.timeout(self._answer_seconds),
             aclosing(self._upstream.stream(request)) as chunks,
         ):
-            async for chunk in chunks:
-                self._line_up(*self._compactor.entries(chunk))
+            async for together in chunks:
+                for chunk in together:
+                    self._line_up(*self._compactor.entries(chunk))
         if not self._compactor.complete:
             raise UpstreamError(
                 "upstream_incomplete",
@@ -121,38 +120,30 @@ class Generation:
 
     def _line_up(self, *entries: Entry) -> None:
         self._entries += entries
-        self._lined_up.set()
+        self._appender.line_up(self)
 
-    async def _append(self) -> None:
-        """Append what lines up until a terminal entry stands. Raises StreamLost."""
-        standing = 0
-        while True:
-            await self._lined_up.wait()
-            self._lined_up.clear()
-            while standing < len(self._entries):
-                if self._lost:
-                    raise StreamLost("the lease was lost")
-                standing = await self._append_from(standing)
-                if standing == len(self._entries) and self._entries[-1].kind in TERMINAL:
-                    logger.info(self._entries[-1].kind, **self._names)
-                    return
-            if self._lost:
-                raise StreamLost("the lease was lost")
+    # As the appender sees it.
 
-    async def _append_from(self, standing: int) -> int:
-        """One append; returns how many entries stand then, fewer if Redis lost some."""
-        claim = self._claim
-        try:
-            appended = await self._log.append(
-                claim.stream_id, claim.attempt, claim.owner, standing, self._entries[standing:]
-            )
-        except RedisError as error:
-            logger.warning("append_failed", **self._names, error=type(error).__name__)
-            await asyncio.sleep(REDIS_RETRY_SECONDS)
-            return standing
-        if appended.cancel_asked and not self._cancel_asked:
+    def batch(self, limit: int) -> Batch | None:
+        standing, claim = self._standing, self._claim
+        if self._lost or standing == len(self._entries):
+            return None
+        entries = self._entries[standing : standing + limit]
+        return Batch(claim.stream_id, claim.attempt, claim.owner, standing, entries)
+
+    def settle(self, outcome: Appended | StreamLost) -> None:
+        if isinstance(outcome, StreamLost):
+            logger.info("attempt_lost", **self._names, reason=outcome.message)
+            self.lose()
+            return
+        self._standing = outcome.next_seq
+        if outcome.cancel_asked and not self._cancel_asked:
             self.cancel()
-        return appended.next_seq
+        if self._standing < len(self._entries):
+            self._appender.line_up(self)
+        elif self._entries[-1].kind in TERMINAL:
+            logger.info(self._entries[-1].kind, **self._names)
+            self._over.set()
 
     @property
     def _names(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from relay.claim import Claims
 from relay.connection import connect
 from relay.log import JOB, Log
 from relay.settings import Settings
+from worker.appender import Appender
 from worker.claiming import POLL_SECONDS, ClaimingWorker, Job
 from worker.generation import Generation
 from worker.health import health_key
@@ -23,7 +24,7 @@ async def generate(ctx: dict[str, Any], _stream_id: str) -> None:
     settings: Settings = ctx["settings"]
     generation = Generation(
         job.claim,
-        ctx["log"],
+        ctx["appender"],
         ctx["upstream"],
         answer_seconds=settings.answer_seconds,
     )
@@ -36,7 +37,6 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
     """Raises ConfigurationError. Connects when it runs, not here."""
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     redis = connect(settings.redis_url)
-    log = Log.configured(redis, settings)
     claims = Claims.configured(redis, name, settings)
     return ClaimingWorker(
         [func(generate, name=JOB)],
@@ -46,7 +46,11 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
         lease_seconds=settings.lease_seconds,
         concurrency=settings.concurrency,
         grace_seconds=settings.grace_seconds,
-        ctx={"settings": settings, "log": log, "upstream": Upstream(settings)},
+        ctx={
+            "settings": settings,
+            "appender": Appender(Log.configured(redis, settings)),
+            "upstream": Upstream(settings),
+        },
         health_check_key=health_key(),
         on_shutdown=_close_upstream,
         handle_signals=handle_signals,

@@ -8,21 +8,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import aiohttp
 import httpx2
 import openai
-from openai import AsyncAzureOpenAI, AsyncOpenAI
+from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAioHttpClient
 
-from relay.chunks import Chunk
-from relay.errors import ConfigurationError, UpstreamError
+from relay.chunks import parse
+from relay.errors import ConfigurationError, Garbled, UpstreamError
 from relay.events import join_text
 from relay.logs import get_logger
 from relay.settings import Settings, UpstreamSettings
 from worker.retry import delay_before
+from worker.sse import Decoder
 
 logger = get_logger("upstream")
 
 CONNECT_SECONDS = 10.0
-DONE = "[DONE]"
+IDLE_SECONDS = 30.0
+"""How long a connection to the upstream is kept for the next answer."""
+MEDIA_TYPE = "text/event-stream"
+DONE = b"[DONE]"
 
 
 class Upstream:
@@ -42,26 +47,29 @@ class Upstream:
             )
         self.model = settings.upstream.model
         self._settings = settings
-        self._client = _client(settings.upstream, settings.stall_seconds)
+        self._client = _client(settings.upstream, settings)
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        """The chunks of the answer, as the upstream sent them, to its [DONE].
+    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
+        """The chunks of the answer as the upstream sent them, to its [DONE]: each as its JSON, and
+        together those that came together.
 
         Closing the iterator closes the connection. Raises UpstreamError.
         """
-        parameters = self._parameters(request)
+        body = self._body(request)
         for attempt in range(1, self._settings.upstream_tries + 1):
             begun = False
             try:
-                async with aclosing(self._ask(parameters)) as chunks:
-                    async for chunk in self._timed(chunks):
+                async with aclosing(self._ask(body)) as pieces:
+                    async for chunks in self._timed(pieces):
+                        if not begun:
+                            parse(chunks[0])  # An error in its place is asked again.
                         begun = True
-                        yield chunk
+                        yield chunks
                 return
-            except (openai.APIError, httpx2.HTTPError, TimeoutError, UpstreamError) as cause:
+            except _FAILURES as cause:
                 error = _translated(cause)
                 if begun or not error.retryable or attempt == self._settings.upstream_tries:
                     raise error from None
@@ -69,41 +77,49 @@ class Upstream:
             logger.warning("upstream_retry", code=error.code, attempt=attempt, seconds=seconds)
             await asyncio.sleep(seconds)
 
-    async def _ask(self, parameters: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        ask = self._client.chat.completions.with_streaming_response.create
-        async with ask(**parameters) as response:
-            # The SDK would build a model object of each chunk, most of the cost of a worker.
-            async for event in httpx2.EventSource(response.http_response):
-                # Past [DONE], to the end of the body: so the connection can be used again.
-                if event.data and event.data != DONE:
-                    yield _chunk(event.data)
+    async def _ask(self, body: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
+        # Not by chat.completions.create: half of the cost of a request is that it builds a model of
+        # it, and nearly all of a chunk's, that it builds one of that.
+        asked = self._client.post(
+            "/chat/completions",
+            body=body,
+            cast_to=object,
+            stream=True,
+            stream_cls=AsyncStream[object],
+        )
+        decoder = Decoder()
+        async with await asked as stream:
+            if not stream.response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                raise Garbled
+            # Past [DONE], to the end of the body: so the connection can be used again.
+            async for piece in stream.response.aiter_bytes():
+                if chunks := [data for data in decoder.feed(piece) if data != DONE]:
+                    yield chunks
 
-    async def _timed(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    async def _timed(self, pieces: AsyncIterator[list[bytes]]) -> AsyncIterator[list[bytes]]:
         seconds = self._settings.first_chunk_seconds
         while True:
             async with asyncio.timeout(seconds):
-                chunk = await anext(chunks, None)
-            if chunk is None:
+                chunks = await anext(pieces, None)
+            if chunks is None:
                 return
-            yield chunk
+            yield chunks
             seconds = self._settings.stall_seconds
 
-    def _parameters(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The call: the caller's fields, the server's defaults where it left them out, and where
-        it goes, in that order, so that no field of a request can choose that."""
+    def _body(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The caller's fields, the server's defaults where it left them out, and what is asked of,
+        in that order, so that no field of a request can choose that."""
         settings = self._settings
-        parameters = _with_whole_characters(request)
+        body = _with_whole_characters(request)
         if settings.system_prompt is not None:
             system = {"role": "system", "content": settings.system_prompt}
-            parameters["messages"] = [system, *parameters["messages"]]
+            body["messages"] = [system, *body["messages"]]
         if settings.temperature is not None:
-            parameters.setdefault("temperature", settings.temperature)
-        if settings.max_tokens is not None and "max_completion_tokens" not in parameters:
-            parameters.setdefault("max_tokens", settings.max_tokens)
+            body.setdefault("temperature", settings.temperature)
+        if settings.max_tokens is not None and "max_completion_tokens" not in body:
+            body.setdefault("max_tokens", settings.max_tokens)
         ours = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
-        messages = parameters.pop("messages")
-        # Not as arguments: among those are options of the SDK, headers and timeouts.
-        return {"messages": messages, **ours, "extra_body": parameters | ours}
+        return body | ours
 
 
 def _with_whole_characters(request: dict[str, Any]) -> dict[str, Any]:
@@ -113,12 +129,16 @@ def _with_whole_characters(request: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _client(upstream: UpstreamSettings, stall_seconds: float) -> AsyncOpenAI:
+def _client(upstream: UpstreamSettings, settings: Settings) -> AsyncOpenAI:
     key = upstream.api_key.get_secret_value() if upstream.api_key else None
+    timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
+    limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
     options: dict[str, Any] = {
         # Retries are ours: the SDK's would sleep through a Retry-After of two minutes.
         "max_retries": 0,
-        "timeout": httpx2.Timeout(stall_seconds, connect=CONNECT_SECONDS, read=None),
+        "timeout": timeout,
+        # The SDK's other client, which stands on aiohttp: a chunk costs it a third.
+        "http_client": DefaultAioHttpClient(timeout=timeout, limits=limits),
     }
     if upstream.kind == "azure":
         return AsyncAzureOpenAI(
@@ -148,30 +168,13 @@ def _token_provider(upstream: UpstreamSettings) -> Any:
     return get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
 
 
-def _chunk(data: str) -> Chunk:
-    try:
-        chunk = json.loads(data)
-    except ValueError:
-        chunk = None
-    if not isinstance(chunk, dict) or not _well_formed(chunk):
-        raise UpstreamError(
-            "upstream_garbled", "The model service sent what is no answer.", retryable=True
-        )
-    if chunk.get("error"):
-        raise UpstreamError(
-            "upstream_failed", "The model service broke the answer off.", retryable=True
-        )
-    return chunk
-
-
-def _well_formed(chunk: Chunk) -> bool:
-    choices = chunk.get("choices") or []
-    return isinstance(choices, list) and all(
-        isinstance(choice, dict)
-        and isinstance(choice.get("index", 0), int)
-        and isinstance(choice.get("delta") or {}, dict)
-        for choice in choices
-    )
+_FAILURES = (
+    openai.APIError,
+    httpx2.HTTPError,
+    aiohttp.ClientError,
+    TimeoutError,
+    UpstreamError,
+)
 
 
 def _translated(cause: Exception) -> UpstreamError:
@@ -181,7 +184,7 @@ def _translated(cause: Exception) -> UpstreamError:
             return cause
         case openai.APIStatusError():
             return _translated_status(cause)
-        case openai.APITimeoutError() | TimeoutError() | httpx2.TimeoutException():
+        case _ if _timed_out(cause):
             return UpstreamError(
                 "upstream_timeout", "The model service fell silent: ask again.", retryable=True
             )
@@ -191,6 +194,16 @@ def _translated(cause: Exception) -> UpstreamError:
                 "The connection to the model service failed: ask again.",
                 retryable=True,
             )
+
+
+def _timed_out(cause: BaseException | None) -> bool:
+    """By what is at the bottom of it: between aiohttp and the SDK each lost connection is called a
+    timeout."""
+    while cause is not None:
+        if isinstance(cause, TimeoutError):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _translated_status(cause: openai.APIStatusError) -> UpstreamError:

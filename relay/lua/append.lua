@@ -1,28 +1,47 @@
--- The only way into a log once it is born.
--- KEYS: log, state, channel, leases, job
--- ARGV: id, attempt, owner, first seq, ttl_ms, terminal kind or '', then kind, data, kind, data, …
--- Returns {verdict, next seq, cancel asked (0|1)}. What already stands is not appended again. If
--- `next` is below `first`, the log lost its tail: nothing was appended, begin again at `next`.
+-- The only way into logs once they are born: what several attempts append, each in one atom.
+-- ARGV: log, state, channel and job key pattern, leases key, retention_ms, then for each attempt
+--       id, attempt, owner, first seq, terminal kind or '', number of entries, kind, data, kind, …
+-- Returns {verdict, next seq, cancel asked (0|1)} for each. What already stands is not appended
+-- again. If `next` is below `first`, the log lost its tail: nothing was appended, begin again at
+-- `next`.
 -- verdict: 'ok', 'fenced' (another attempt owns the stream, or Redis forgot this one), 'closed',
--- 'erased'
-local log, state, channel, leases, job = unpack(KEYS)
-local id, attempt, owner, first, ttl_ms, ending = unpack(ARGV, 1, 6)
-first = tonumber(first)
+-- 'erased', or else the error of Redis
+local log_of, state_of, channel_of, job_of, leases, retention_ms = unpack(ARGV, 1, 6)
 
-local s = redis.call('HMGET', state, 'attempt', 'next', 'ended', 'cancel', 'owner')
-if not s[1] or redis.call('EXISTS', log) == 0 then return { 'erased', 0, 0 } end
--- The owner stays noted on a stream that it closed: it may ask once more whether that stands.
-if s[1] ~= attempt or s[5] ~= owner then return { 'fenced', 0, 0 } end
-local top = tonumber(s[2])
-if s[3] then return { 'closed', top, 0 } end
-local cancel = s[4] and 1 or 0
-if top < first then return { 'ok', top, cancel } end
+local function append_for(at)
+  local id, attempt, owner, first, ending, count = unpack(ARGV, at, at + 5)
+  first, count = tonumber(first), tonumber(count)
+  local log, state = string.format(log_of, id), string.format(state_of, id)
 
-local entries = {}
-for i = 7 + 2 * (top - first), #ARGV do entries[#entries + 1] = ARGV[i] end
-if #entries == 0 then return { 'ok', top, cancel } end
-append(log, state, channel, attempt, top, entries)
-if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
-if ending ~= '' then close(id, state, leases, job, ending) end
-keep(ttl_ms, log, state, job)
-return { 'ok', top + #entries / 2, cancel }
+  local s = redis.call('HMGET', state, 'attempt', 'next', 'ended', 'cancel', 'owner')
+  if not s[1] or redis.call('EXISTS', log) == 0 then return { 'erased', 0, 0 } end
+  -- The owner stays noted on a stream that it closed: it may ask once more whether that stands.
+  if s[1] ~= attempt or s[5] ~= owner then return { 'fenced', 0, 0 } end
+  local top = tonumber(s[2])
+  if s[3] then return { 'closed', top, 0 } end
+  local cancel = s[4] and 1 or 0
+  if top < first or top >= first + count then return { 'ok', top, cancel } end
+
+  local entries = { unpack(ARGV, at + 6 + 2 * (top - first), at + 5 + 2 * count) }
+  append(log, state, string.format(channel_of, id), attempt, top, entries)
+  if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
+  if ending ~= '' then
+    local job = string.format(job_of, id)
+    close(id, state, leases, job, ending)
+    keep(retention_ms, log, state)
+  end
+  return { 'ok', first + count, cancel }
+end
+
+local verdicts = {}
+local at = 7
+while at <= #ARGV do
+  -- What is wrong with one stream must not stop the others.
+  local fine, verdict = pcall(append_for, at)
+  if not fine then
+    verdict = { type(verdict) == 'table' and verdict.err or tostring(verdict), 0, 0 }
+  end
+  verdicts[#verdicts + 1] = verdict
+  at = at + 6 + 2 * tonumber(ARGV[at + 5])
+end
+return verdicts

@@ -1,0 +1,97 @@
+"""The appender: what the generations of this process have lined up goes to Redis together."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Protocol
+
+from redis.exceptions import RedisError, ResponseError
+
+from relay.errors import StreamLost
+from relay.log import Appended, Batch, Log
+from relay.logs import get_logger
+
+logger = get_logger("appender")
+
+PAUSE_SECONDS = 0.001
+"""From one call to the next: a thousand chunks a second, or a hundred thousand, cost no more calls
+than that. A chunk that comes after a pause goes at once."""
+ENTRIES_AT_ONCE = 1000
+"""Of one call: while it appends, Redis does nothing else."""
+REDIS_RETRY_SECONDS = 0.2
+
+
+class Attempt(Protocol):
+    """One that has something to append."""
+
+    def batch(self, limit: int) -> Batch | None:
+        """What lines up from where its log ends, at most `limit` entries; None if it may no longer
+        write, or if all stands."""
+
+    def settle(self, outcome: Appended | StreamLost) -> None:
+        """What became of it; whoever has more then lines up anew."""
+
+
+class Appender:
+    """One call at a time, of all that has lined up meanwhile. It repeats what failed, in order."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        # A dict for its order: first come, first appended.
+        self._waiting: dict[Attempt, None] = {}
+        self._taken: dict[Attempt, Batch] = {}
+        self._appending: asyncio.Task[None] | None = None
+        self._next_call = 0.0
+
+    def line_up(self, attempt: Attempt) -> None:
+        self._waiting[attempt] = None
+        if self._appending is None or self._appending.done():
+            self._appending = asyncio.create_task(self._append())
+            self._appending.add_done_callback(self._ended)
+
+    async def _append(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            if (pause := self._next_call - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            self._next_call = loop.time() + PAUSE_SECONDS
+            self._take()
+            if self._taken:
+                await self._call()
+
+    def _take(self) -> None:
+        self._taken, room = {}, ENTRIES_AT_ONCE
+        while self._waiting and room > 0:
+            attempt = next(iter(self._waiting))
+            del self._waiting[attempt]
+            if (batch := attempt.batch(room)) is not None:
+                self._taken[attempt] = batch
+                room -= len(batch.entries)
+
+    async def _call(self) -> None:
+        try:
+            outcomes = await self._log.append(list(self._taken.values()))
+        except RedisError as error:
+            logger.warning("append_failed", streams=len(self._taken), error=type(error).__name__)
+            await self._wait_for_redis(self._taken)
+            return
+        refused = []
+        for (attempt, batch), outcome in zip(self._taken.items(), outcomes, strict=True):
+            if isinstance(outcome, ResponseError):
+                logger.warning("append_refused", stream=batch.stream_id, error=str(outcome))
+                refused.append(attempt)
+            else:
+                attempt.settle(outcome)
+        if refused:
+            await self._wait_for_redis(refused)
+
+    async def _wait_for_redis(self, failed: Iterable[Attempt]) -> None:
+        self._waiting = dict.fromkeys(failed) | self._waiting
+        await asyncio.sleep(REDIS_RETRY_SECONDS)
+
+    def _ended(self, appending: asyncio.Task[None]) -> None:
+        if not appending.cancelled() and (error := appending.exception()) is not None:
+            # Attempts that hold a lease and cannot write would hang: rather let others have them.
+            logger.critical("appender_died", exc_info=error)
+            for attempt in self._taken | self._waiting:
+                attempt.settle(StreamLost("what writes it has died"))
+            self._waiting = {}

@@ -1,0 +1,38 @@
+"""Server-sent events, as the upstream sends them: their data, for nothing else is used. Pure."""
+
+from relay.errors import Garbled
+
+MOST_BYTES = 16 * 1024 * 1024
+"""Of one event. Nothing real comes near it; without it an endless line would fill the memory."""
+
+
+class Decoder:
+    """From the next bytes, however they are cut, to the data of the events that they complete. What
+    has no blank line behind it never was an event."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._after_cr = False
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        """Raises Garbled for an event that is too long."""
+        if b"\r" in piece or self._after_cr:
+            piece = self._with_lf(piece)
+        *events, self._rest = (self._rest + piece).split(b"\n\n")
+        if len(self._rest) > MOST_BYTES:
+            raise Garbled
+        return [data for event in events if (data := _data(event))]
+
+    def _with_lf(self, piece: bytes) -> bytes:
+        """A CR ends its line at once; the LF that may belong to it can come much later."""
+        if self._after_cr:
+            piece = piece.removeprefix(b"\n")
+        self._after_cr = piece.endswith(b"\r") if piece else self._after_cr
+        return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _data(event: bytes) -> bytes:
+    if event.startswith(b"data: ") and b"\n" not in event:
+        return event[6:]
+    lines = [line.partition(b":") for line in event.split(b"\n")]
+    return b"\n".join(value.removeprefix(b" ") for name, _, value in lines if name == b"data")
