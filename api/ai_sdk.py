@@ -125,7 +125,7 @@ async def chat(
     body: UIChatRequest,
     parts: PartsOfApp,
     chats: ChatsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -138,7 +138,7 @@ async def chat(
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     await chats.note(body.id, stream_id)
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    feed = await watching.feed(stream_id)
     on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
     message_id = body.continued or message_id_of(stream_id)
     return UIMessageViewer(parts, feed, message_id, on_leave=on_leave)
@@ -158,14 +158,14 @@ def message_id_of(stream_id: str) -> str:
     responses={**_STREAMED, 204: {"description": "No answer is being made."}, **RESPONSES},
 )
 async def resume(
-    chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp, stack: WhileResponding
+    chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp, watching: WhileResponding
 ) -> Response:
     """The newest answer of the chat, from its start and then live, unless it has ended."""
     stream_id = await chats.newest(chat_id)
     if stream_id is None:
         return Response(status_code=204)
     try:
-        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+        feed = await watching.feed(stream_id)
     except StreamGone:
         return Response(status_code=204)
     if feed.ended:

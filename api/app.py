@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from api import ai_sdk, chat_completions, page, problems, responses
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
 from api.routes import Parts, router
+from api.shortcut import Shortcut
 from relay.connection import connect
 from relay.log import Log
 from relay.logs import get_logger
@@ -70,7 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
                     await task
             await redis.aclose()
 
-    app = FastAPI(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app = _Api(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app.cors_origins = settings.cors_origins
     problems.install(app)
     app.include_router(router)
     app.include_router(chat_completions.router)
@@ -78,12 +81,24 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(ai_sdk.router)
     app.router.routes.extend(page.routes())
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["location", "x-stream-id", "retry-after"],
-        )
     return app
+
+
+class _Api(FastAPI):
+    """FastAPI's stack is a dozen coroutines deep. The shortcut stands before all of it."""
+
+    cors_origins = ""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = Shortcut(super().build_middleware_stack())
+        return _with_cors(stack, self.cors_origins) if self.cors_origins else stack
+
+
+def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
+    return CORSMiddleware(
+        app,
+        allow_origins=[origin.strip() for origin in origins.split(",")],
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["location", "x-stream-id", "retry-after"],
+    )

@@ -75,7 +75,7 @@ async def create(
     request: Request,
     body: ChatCompletionRequest,
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -90,7 +90,7 @@ async def create(
     created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    feed = await watching.feed(stream_id)
     on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
     if not body.stream:
         return await _whole(request, parts, feed, on_leave)

@@ -3,12 +3,15 @@
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
+from api.line import Line, chunk_of
 from relay.errors import StreamGone
-from relay.events import STARTED, Cursor, Event
+from relay.events import STARTED, TEXT, WHOLE, Cursor, Event
 
+T = TypeVar("T")
 Encode = Callable[[Event], bytes]
 Wire = Callable[[], Encode]
 """Makes an encoder for one feed, which is given all its events in order: what a frame
@@ -17,6 +20,71 @@ leaves out may have been said by an earlier one."""
 FRAMES_AT_ONCE = 256
 BYTES_AT_ONCE = 64 * 1024
 """What a viewer takes for one write, by either bound: all the memory that a slow one holds."""
+
+
+class Riders:
+    """The viewers of one wire that have everything and ride along: each chunk is written to them as
+    it comes, while their own coroutines sleep on. Who gets off is told the index to go on from."""
+
+    def __init__(self, heartbeat: bytes, seconds: float) -> None:
+        self._lines: dict[asyncio.Future[int], Line] = {}
+        self._heartbeat = chunk_of(heartbeat) if heartbeat else b""
+        self._seconds = seconds
+        self._index = 0
+        self._wrote = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def get_on(self, line: Line, index: int) -> asyncio.Future[int]:
+        """`index` is that of all who are on already: nobody lacks anything."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[int] = loop.create_future()
+        self._lines[waiter] = line
+        self._index = index
+        if self._timer is None:
+            self._wrote = loop.time()
+            self._beat()
+        return waiter
+
+    def get_off(self, waiter: asyncio.Future[int], _: object = None) -> None:
+        if self._lines.pop(waiter, None) is not None:
+            settle(waiter, self._index)
+        if not self._lines and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def all_get_off(self) -> None:
+        for waiter in tuple(self._lines):
+            self.get_off(waiter)
+
+    def carry(self, body: bytes, index: int) -> None:
+        """On to an index, by what stands before it. Whose line is full gets off there."""
+        self._index = index
+        if body:
+            self._wrote = asyncio.get_running_loop().time()
+            self._write(chunk_of(body))
+
+    def _write(self, chunk: bytes) -> None:
+        full = []
+        for waiter, line in self._lines.items():
+            line.write(chunk)
+            if line.full:
+                full.append(waiter)
+        for waiter in full:
+            self.get_off(waiter)
+
+    def _beat(self) -> None:
+        """Not set anew with each chunk: it looks when it is due."""
+        loop = asyncio.get_running_loop()
+        left = self._wrote + self._seconds - loop.time()
+        if left <= 0:
+            left, self._wrote = self._seconds, loop.time()
+            if self._heartbeat:
+                self._write(self._heartbeat)
+        if self._lines:
+            self._timer = loop.call_later(left, self._beat)
 
 
 class Feed:
@@ -37,6 +105,7 @@ class Feed:
         self._latest_start = 0
         self._frames: dict[Wire, tuple[Encode, list[bytes]]] = {}
         self._waiters: set[asyncio.Future[bool]] = set()
+        self._riders: dict[Wire, Riders] = {}
 
     @property
     def top(self) -> Cursor | None:
@@ -67,7 +136,8 @@ class Feed:
             self.events.append(event)
             self.bytes += 2 * len(event.data) + 300
         if len(self.events) > before:
-            self.wake()
+            self._carry(before)
+            self._wake_waiters()
         return dense
 
     def end_as_gone(self, error: StreamGone) -> None:
@@ -108,9 +178,57 @@ class Feed:
         self.wake()
 
     def wake(self) -> None:
+        self._let_off()
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             settle(waiter, True)
+
+    def _carry(self, start: int) -> None:
+        """Write what is new to those who ride along: each frame is encoded once, and all that they
+        cost is the writing. What is no chunk, or more than one write, they deal with themselves."""
+        if any(event.kind not in {TEXT, WHOLE} for event in self.events[start:]):
+            self._let_off()
+            return
+        for wire, riders in self._riders.items():
+            if riders:
+                frames = self.frames(wire, start)
+                if start + len(frames) == len(self.events):
+                    riders.carry(b"".join(frames), len(self.events))
+                else:
+                    riders.all_get_off()
+
+    def _let_off(self) -> None:
+        for riders in self._riders.values():
+            riders.all_get_off()
+
+    async def ride(
+        self,
+        wire: Wire,
+        line: Line,
+        heartbeat: bytes,
+        seconds: float,
+        *,
+        unless: asyncio.Future[Any],
+    ) -> int:
+        """Write to a viewer that has everything each chunk as it comes, and `heartbeat` after so
+        many seconds of none, until there is something for the viewer itself to do, its line is
+        full, or `unless` is done. Returns the index from which it goes on."""
+        if unless.done():
+            return len(self.events)
+        riders = self._riders.get(wire)
+        if riders is None:
+            riders = self._riders[wire] = Riders(heartbeat, seconds)
+        waiter = riders.get_on(line, len(self.events))
+        get_off = partial(riders.get_off, waiter)
+        unless.add_done_callback(get_off)
+        try:
+            return await waiter
+        finally:
+            unless.remove_done_callback(get_off)
+            riders.get_off(waiter)
 
     async def changed(self, seconds: float, *, unless: asyncio.Future[Any]) -> bool:
         """Wait for news here or for `unless` to be done; False after `seconds` of neither."""
@@ -136,9 +254,7 @@ async def any_changed(
         feed.notify(waiter)
     timer = loop.call_later(seconds, settle, waiter, False)
 
-    def end(_: asyncio.Future[Any]) -> None:
-        settle(waiter, True)
-
+    end = partial(_settle_true, waiter)
     unless.add_done_callback(end)
     try:
         return await waiter
@@ -149,6 +265,10 @@ async def any_changed(
             feed.forget(waiter)
 
 
-def settle(waiter: asyncio.Future[bool], outcome: bool) -> None:
+def _settle_true(waiter: asyncio.Future[bool], _: asyncio.Future[Any]) -> None:
+    settle(waiter, True)
+
+
+def settle(waiter: asyncio.Future[T], outcome: T) -> None:
     if not waiter.done():
         waiter.set_result(outcome)

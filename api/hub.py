@@ -3,21 +3,20 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from api.feed import Feed
+from api.feed import Feed, settle
 from api.finished import Finished
 from relay import keys
 from relay.errors import StreamGone
 from relay.events import decode_batch
 from relay.listener import Listener
-from relay.log import GONE, Log
+from relay.log import BIRTH, GONE, Log
 from relay.logs import get_logger
 
 logger = get_logger("hub")
@@ -50,7 +49,10 @@ class Hub:
         )
         self._feeds: dict[str, Feed] = {}
         self._finished = Finished(cache_bytes)
-        self._first_reads: dict[Feed, asyncio.Task[None]] = {}
+        self._beginning: dict[Feed, asyncio.Task[None]] = {}
+        """Those whose log is being read for the first time."""
+        self._unborn: set[Feed] = set()
+        self._subscribing: dict[str, asyncio.Future[bool]] = {}
         self._reading: set[Feed] = set()
         self._stale: set[Feed] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -70,9 +72,8 @@ class Hub:
         feeds = [*self._finished.feeds(), *self._feeds.values()]
         return {feed.stream_id: feed.viewers for feed in feeds if feed.viewers}
 
-    @asynccontextmanager
-    async def watch(self, stream_id: str) -> AsyncIterator[Feed]:
-        """The feed of a stream, with all of its log that stands by now.
+    async def enter(self, stream_id: str) -> Feed:
+        """The feed of a stream, with all of its log that stands by now; then `leave` it.
 
         Raises StreamGone; RedisError if the log cannot be read now.
         """
@@ -81,17 +82,42 @@ class Hub:
             raise RedisConnectionError("Redis is away")  # Without waiting to find out again.
         if feed is None:
             feed = self._feeds[stream_id] = Feed(stream_id)
-            self._first_reads[feed] = self._start(self._read_first(feed))
+            self._beginning[feed] = self._start(self._read_first(feed))
         feed.viewers += 1
         try:
-            if feed in self._first_reads:
+            if feed in self._beginning:
                 # Shielded: a viewer that leaves must not cancel the read that others wait for.
-                await asyncio.shield(self._first_reads[feed])
-            yield feed
-        finally:
-            feed.viewers -= 1
-            if not feed.viewers and feed not in self._first_reads:
-                self._leave(feed)
+                await asyncio.shield(self._beginning[feed])
+        except BaseException:
+            self.leave(feed)
+            raise
+        return feed
+
+    async def expect(self, stream_id: str) -> Feed:
+        """The feed of a stream that is about to be born; say so when it is (`born`), then `leave`.
+
+        It hears of everything from the birth on, so that nothing has to be read.
+        """
+        feed = self._feeds[stream_id] = Feed(stream_id)
+        self._unborn.add(feed)
+        feed.add([BIRTH])
+        feed.viewers += 1
+        try:
+            await self._subscribe(feed)
+        except BaseException:
+            self.leave(feed)
+            raise
+        return feed
+
+    def born(self, feed: Feed) -> None:
+        self._unborn.discard(feed)
+        if feed in self._stale:
+            self._start(self._catch_up(feed))
+
+    def leave(self, feed: Feed) -> None:
+        feed.viewers -= 1
+        if not feed.viewers and feed not in self._beginning:
+            self._let_go(feed)
 
     async def run(self) -> None:
         """Keep the connection and the feeds in order until cancelled."""
@@ -108,26 +134,40 @@ class Hub:
 
     # Reading the log.
 
+    async def _subscribe(self, feed: Feed) -> None:
+        """Return when what is published is heard. Without a connection to Redis that is at once:
+        when there is one again, every feed is read."""
+        channel = keys.channel(feed.stream_id)
+        self._listener.add(channel)
+        if self.connected:
+            stands = self._subscribing[channel] = asyncio.get_running_loop().create_future()
+            try:
+                await stands
+            finally:
+                self._subscribing.pop(channel, None)
+
     async def _read_first(self, feed: Feed) -> None:
+        """First the channel, then the log: what comes between the two is in both."""
         try:
+            await self._subscribe(feed)
             feed.add(await self._log.read(feed.stream_id), read=True)
             if feed.ended:
                 remaining_ms = await self._log.remaining_ms(feed.stream_id)
                 self._end(feed, remaining_ms / 1000)
-            else:
-                await self._listener.add(keys.channel(feed.stream_id))
         except (RedisError, StreamGone):
-            self._leave(feed)
+            self._let_go(feed)
             raise
         finally:
-            del self._first_reads[feed]
+            del self._beginning[feed]
             if not feed.viewers:
-                self._leave(feed)
+                self._let_go(feed)
+            elif feed in self._stale:
+                self._start(self._catch_up(feed))
 
     async def _catch_up(self, feed: Feed) -> None:
         """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
         self._stale.add(feed)
-        if feed in self._reading:
+        if feed in self._reading or feed in self._beginning or feed in self._unborn:
             return
         self._reading.add(feed)
         try:
@@ -179,14 +219,19 @@ class Hub:
 
     def _subscribed(self, channel: str) -> None:
         """What was published before the subscription stood is only in the log."""
-        if feed := self._feed_of(channel):
+        if stands := self._subscribing.pop(channel, None):
+            settle(stands, True)
+        elif feed := self._feed_of(channel):
             self._start(self._catch_up(feed))
 
     def _heard(self, channel: str, message: bytes) -> None:
         if channel == keys.CONTROL:
             self._obey(*message.decode().split(" "))
         elif feed := self._feed_of(channel):
-            if not feed.add(decode_batch(message)):
+            if feed in self._beginning:
+                # The read that is under way may have come before it, or not.
+                self._stale.add(feed)
+            elif not feed.add(decode_batch(message)):
                 self._start(self._catch_up(feed))
             if feed.ended:
                 self._end(feed, self._retention_seconds)
@@ -194,6 +239,9 @@ class Hub:
     def _lost(self) -> None:
         """What is erased from now on goes unheard here, so nothing may be kept."""
         self._finished.clear()
+        for stands in self._subscribing.values():
+            settle(stands, False)
+        self._subscribing.clear()
 
     def _feed_of(self, channel: str) -> Feed | None:
         return None if channel == keys.CONTROL else self._feeds.get(keys.stream_of(channel))
@@ -212,17 +260,46 @@ class Hub:
         """A feed that has ended needs no channel, and stays for those who come late."""
         # One that was let go before may have been erased since, unheard.
         current = self._feeds.get(feed.stream_id) is feed
-        self._leave(feed)
+        self._let_go(feed)
         if current and feed.gone is None and self.connected:
             self._finished.keep(feed, keep_seconds)
 
-    def _leave(self, feed: Feed) -> None:
+    def _let_go(self, feed: Feed) -> None:
+        self._unborn.discard(feed)
+        self._stale.discard(feed)
         if self._feeds.get(feed.stream_id) is feed:
             del self._feeds[feed.stream_id]
-            self._start(self._listener.drop(keys.channel(feed.stream_id)))
+            self._listener.drop(keys.channel(feed.stream_id))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+class Watching:
+    """The feeds that one response watches, until it has ended."""
+
+    __slots__ = ("_feeds", "_hub")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._feeds: list[Feed] = []
+
+    async def feed(self, stream_id: str) -> Feed:
+        """As `Hub.enter`."""
+        feed = await self._hub.enter(stream_id)
+        self._feeds.append(feed)
+        return feed
+
+    async def expect(self, stream_id: str) -> Feed:
+        """As `Hub.expect`."""
+        feed = await self._hub.expect(stream_id)
+        self._feeds.append(feed)
+        return feed
+
+    def end(self) -> None:
+        for feed in self._feeds:
+            self._hub.leave(feed)
+        self._feeds.clear()

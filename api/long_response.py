@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import cache, partial
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -9,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.feed import settle
 from api.hub import Hub
+from api.line import Line
 from api.wires import native
 
 HEADERS = {
@@ -18,13 +20,15 @@ HEADERS = {
 }
 RETRY_MS = 1000
 COME_BACK_MS = (500, 3000)
-CONNECTION = "relay.connection"
-"""The extension in the scope by which our server offers `abort`, a function that ends the
-connection without waiting for the peer. With any other ASGI server it ends as that one does."""
 
 
 class BrokenOff(Exception):
     """The response must not get its proper end, so that no client takes it for the whole answer."""
+
+
+@cache
+def _raw(headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers]
 
 
 def come_back() -> bytes:
@@ -44,18 +48,29 @@ class LongResponse(Response):
         drain_seconds: float = 0.0,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={**HEADERS, **(headers or {})})
-        # The base class has counted an empty body; a stream has no length.
-        del self.headers["content-length"]
+        # Not by the base class: it would give the stream a length, and each viewer 700 bytes of
+        # headers of its own.
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = [
+            *_raw(tuple(HEADERS.items())),
+            *_raw((("content-type", f"{self.media_type}; charset={self.charset}"),)),
+            *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
+        ]
         self._hub = hub
         self._write_seconds = write_seconds
         self._drain_seconds = drain_seconds
         self._parting: asyncio.TimerHandle | None = None
+        self._line: Line | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = scope.get("extensions", {}).get(CONNECTION, {})
+        line = self._line = Line.of(scope)
         over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        watching = asyncio.ensure_future(_until_left(receive, over))
+        watching = None
+        if line is not None:
+            line.when_lost(partial(settle, over, False))
+        else:
+            watching = asyncio.ensure_future(_until_left(receive, over))
         if self._hub.draining:
             # It has only just come: it may as well go elsewhere at once.
             settle(over, True)
@@ -65,10 +80,13 @@ class LongResponse(Response):
             # An ASGI server closes the connection when the application returns before the end.
             pass
         except TimeoutError:
-            connection.get("abort", _leave_it_to_the_server)()
+            if line is not None:
+                # Otherwise the server would wait until the peer has taken the rest.
+                line.abort()
             settle(over, False)
         finally:
-            watching.cancel()
+            if watching is not None:
+                watching.cancel()
             if self._parting is not None:
                 self._parting.cancel()
         if over.done() and not over.result():
@@ -107,6 +125,10 @@ class LongResponse(Response):
         if body:
             await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
 
+    async def _until_taken(self, send: Send) -> None:
+        """Wait until the peer has taken most of what was written."""
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": True})
+
     async def _end(self, send: Send) -> None:
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -128,7 +150,3 @@ async def _until_left(receive: Receive, over: asyncio.Future[bool]) -> None:
         # A body that nobody asked for, and too long: nothing can be heard behind it.
         pass
     settle(over, False)
-
-
-def _leave_it_to_the_server() -> None:
-    """It closes a connection whose application has returned, once the peer has taken the rest."""

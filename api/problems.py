@@ -100,6 +100,19 @@ def status_of(error: RelayError) -> int:
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
+def answer_to(error: Exception) -> Response:
+    """Whatever has gone wrong, as a problem."""
+    match error:
+        case RelayError():
+            return problem_for(error)
+        case RedisError():
+            logger.warning("redis_away", error=type(error).__name__)
+            return redis_away()
+        case _:
+            logger.error("internal_error", exc_info=error)
+            return problem(500, "internal", "This is a fault of the server; its log says more.")
+
+
 def problem_for(error: RelayError) -> Response:
     retry_seconds = RETRY_SECONDS if error.retryable else None
     return problem(status_of(error), error.code, error.message, retry_seconds=retry_seconds)
@@ -146,13 +159,8 @@ def described(app: FastAPI) -> dict[str, Any]:
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
 
-    async def on_relay_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RelayError)  # noqa: S101
-        return problem_for(error)
-
-    async def on_redis_error(_: Request, error: Exception) -> Response:
-        logger.warning("redis_away", error=type(error).__name__)
-        return redis_away()
+    async def on_error(_: Request, error: Exception) -> Response:
+        return answer_to(error)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101
@@ -165,16 +173,11 @@ def install(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    async def on_anything(_: Request, error: Exception) -> Response:
-        logger.error("internal_error", exc_info=error)
-        return problem(500, "internal", "This is a fault of the server; its log says more.")
-
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
-    app.add_exception_handler(RelayError, on_relay_error)
-    app.add_exception_handler(RedisError, on_redis_error)
+    for kind in (RelayError, RedisError, Exception):
+        app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_anything)
 
 
 def _invalid(error: RequestValidationError, content_type: str) -> Response:

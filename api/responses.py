@@ -77,6 +77,9 @@ class ResponseViewer(Viewer):
         body, taken = super()._take(index)
         return self._unseen(body), taken
 
+    def _rides(self) -> bool:
+        return self._skip == 0
+
     def _unseen(self, body: bytes) -> bytes:
         unseen, self._skip = codec.after(body, self._skip)
         return unseen
@@ -135,7 +138,7 @@ async def create(
     request: Request,
     body: ResponsesRequest,
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -152,7 +155,7 @@ async def create(
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     if body.background and not body.stream:
         return await _now(parts, stream_id)
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    feed = await watching.feed(stream_id)
     born = await _born(parts, stream_id)
     on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
     if body.stream:
@@ -166,7 +169,7 @@ async def create(
 async def retrieve(
     stream_id: StreamId,
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     stream: bool = False,
     starting_after: Annotated[
         int, Query(ge=-1, description="The `sequence_number` of the last event that you have.")
@@ -176,7 +179,7 @@ async def retrieve(
     `starting_after`, then live."""
     if not stream:
         return await _now(parts, stream_id)
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    feed = await watching.feed(stream_id)
     born = await _born(parts, stream_id)
     return ResponseViewer(parts, feed, born, skip=starting_after + 1)
 
@@ -188,13 +191,13 @@ async def retrieve(
     responses=_ANSWERS,
 )
 async def cancel(
-    request: Request, stream_id: StreamId, parts: PartsOfApp, stack: WhileResponding
+    request: Request, stream_id: StreamId, parts: PartsOfApp, watching: WhileResponding
 ) -> Response:
     """End the answer here and keep what is there; idempotent. Returns the response: `cancelled`,
     unless it ended otherwise before, or its worker takes longer than two seconds to end it."""
     verdict = await parts.log.cancel(stream_id)
     logger.info("cancel_asked", stream=stream_id, verdict=verdict)
-    feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+    feed = await watching.feed(stream_id)
     try:
         async with asyncio.timeout(CANCEL_SECONDS):
             await until_ended(request, parts, feed)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -13,7 +12,7 @@ from redis.exceptions import RedisError
 
 from api.chat_request import ChatRequest
 from api.feed import Feed
-from api.hub import Hub
+from api.hub import Hub, Watching
 from api.long_response import HEADERS
 from api.multi_viewer import Lane, MultiViewer
 from api.presence import Presence
@@ -32,6 +31,8 @@ logger = get_logger("api")
 router = APIRouter()
 
 ANY_MODEL = "chat-relay"
+LONGEST_KEY = 255
+"""Of an Idempotency-Key."""
 MOST_STREAMS = 100
 """On one connection: its cursor must fit into a header."""
 
@@ -97,15 +98,20 @@ async def _stream_id(
     return stream_id
 
 
-async def _while_responding() -> AsyncIterator[AsyncExitStack]:
-    """What is entered here is left when the response has been sent."""
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
 PartsOfApp = Annotated[Parts, Depends(_parts)]
 StreamId = Annotated[str, Depends(_stream_id)]
-WhileResponding = Annotated[AsyncExitStack, Depends(_while_responding)]
+
+
+async def _watching(parts: PartsOfApp) -> AsyncIterator[Watching]:
+    """Ended when the response has been sent."""
+    watching = Watching(parts.hub)
+    try:
+        yield watching
+    finally:
+        watching.end()
+
+
+WhileResponding = Annotated[Watching, Depends(_watching)]
 
 _STREAMED: dict[str, Any] = {
     native.MEDIA_TYPE: {
@@ -144,11 +150,13 @@ _STREAMED: dict[str, Any] = {
 async def chat(
     body: ChatRequest,
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     idempotency_key: Annotated[
         str,
-        Header(max_length=255, description="The same key and body lead to the same stream."),
+        Header(
+            max_length=LONGEST_KEY, description="The same key and body lead to the same stream."
+        ),
     ] = "",
     x_on_disconnect: Annotated[
         Literal["continue", "cancel"],
@@ -184,7 +192,7 @@ async def chat(
         return JSONResponse(accepted.model_dump(), 202, headers)
 
     try:
-        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+        feed = await watching.feed(stream_id)
     except RedisError:
         # It stands, and may be cancelled or watched later.
         response = redis_away()
@@ -216,7 +224,7 @@ async def chat(
 )
 async def several(
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     ids: Annotated[str, Query(description="Ids of streams, with commas between; at most 100.")],
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     last_event_id: Annotated[
@@ -235,7 +243,7 @@ async def several(
     given = last_event_id or last_event_id_in_query
     cursors = multiplexed.split(given, len(stream_ids))
     try:
-        lanes = [await _lane(parts, stack, *pair) for pair in zip(stream_ids, cursors, strict=True)]
+        lanes = [await _lane(watching, *pair) for pair in zip(stream_ids, cursors, strict=True)]
     except RedisError:
         if _viewer_for(accept) is Viewer:
             return NotNow(headers=HEADERS)
@@ -249,9 +257,9 @@ async def several(
     )
 
 
-async def _lane(parts: Parts, stack: AsyncExitStack, stream_id: str, cursor: Cursor | None) -> Lane:
+async def _lane(watching: Watching, stream_id: str, cursor: Cursor | None) -> Lane:
     try:
-        return Lane(await stack.enter_async_context(parts.hub.watch(stream_id)), cursor)
+        return Lane(await watching.feed(stream_id), cursor)
     except StreamGone as gone:
         return Lane.of_nothing(stream_id, gone, cursor)
 
@@ -269,7 +277,7 @@ async def _lane(parts: Parts, stack: AsyncExitStack, stream_id: str, cursor: Cur
 async def events(
     stream_id: StreamId,
     parts: PartsOfApp,
-    stack: WhileResponding,
+    watching: WhileResponding,
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     last_event_id: Annotated[
         str, Header(description="The cursor: the id of the last event that you have.")
@@ -290,7 +298,7 @@ async def events(
     cursor = Cursor.parse(given) if given else None
     viewer = _viewer_for(accept)
     try:
-        feed = await stack.enter_async_context(parts.hub.watch(stream_id))
+        feed = await watching.feed(stream_id)
     except RedisError:
         if viewer is Viewer:
             return NotNow(headers=HEADERS)

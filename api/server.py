@@ -6,12 +6,13 @@ import socket
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from api.long_response import CONNECTION
+from api.line import EXTENSION, Line
 from api.routes import Parts
 from relay.settings import Settings
 
@@ -79,6 +80,7 @@ class Connection(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                _line(cycle).lose()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head and self._head_bytes > HEAD_BYTES:
@@ -95,7 +97,8 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         super().on_message_begin()
-        self.scope["extensions"] = {CONNECTION: {"abort": self.transport.abort}}
+        extensions: Any = {EXTENSION: Line(self.transport, self.flow)}
+        self.scope["extensions"] = extensions
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
@@ -131,6 +134,13 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
 
+def _line(cycle: RequestResponseCycle) -> Line:
+    scope: Any = cycle.scope
+    line = Line.of(scope)
+    assert line is not None  # noqa: S101
+    return line
+
+
 def _bound(peer: socket.socket, write_seconds: float) -> None:
     """Let the kernel find peers that vanished without a word. What we write to them fits into its
     buffer for hours, so that no write of ours would ever wait."""
@@ -164,6 +174,8 @@ def create_server(app: FastAPI, settings: Settings) -> Server:
         access_log=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
+        # Nothing here asks where a request comes from.
+        proxy_headers=False,
     )
     return Server(config)
 

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
+from api.line import Line
 from api.long_response import RETRY_MS, BrokenOff, LongResponse, come_back, sent_away
 from api.problems import problem
 from api.wires import native, text
@@ -84,8 +85,23 @@ class Viewer(LongResponse):
                 index += taken
             if notices or taken:
                 await self._write(send, notices + body)
+            elif self._line is not None and index is not None and self._rides():
+                index = await self._ride(send, self._line, over)
             elif not await feed.changed(self._heartbeat_seconds, unless=over):
                 await self._write(send, self.heartbeat)
+
+    async def _ride(self, send: Send, line: Line, over: asyncio.Future[bool]) -> int:
+        """Let the feed write what comes for as long as that is all there is to do."""
+        index = await self._feed.ride(
+            self.wire, line, self.heartbeat, self._heartbeat_seconds, unless=over
+        )
+        if line.full:
+            await self._until_taken(send)
+        return index
+
+    def _rides(self) -> bool:
+        """Whether the frames of a chunk are to be written as they are."""
+        return True
 
     def _take(self, index: int) -> tuple[bytes, int]:
         """The next piece of the body, and how many events it covers."""

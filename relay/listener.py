@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -39,7 +38,9 @@ class Listener:
         self._on_subscribed = on_subscribed
         self._on_lost = on_lost
         self._pubsub: PubSub | None = None
-        self._changing = asyncio.Lock()
+        self._added: set[str] = set()
+        self._dropped: set[str] = set()
+        self._changed = asyncio.Event()
         self._heard = 0
         self.away = False
         """Whether Redis fell silent or refuses new connections; a cut alone does not say so."""
@@ -48,19 +49,19 @@ class Listener:
     def connected(self) -> bool:
         return self._pubsub is not None
 
-    async def add(self, channel: str) -> None:
+    def add(self, channel: str) -> None:
+        """Subscribe, together with whatever else is added now; `on_subscribed` tells when it
+        stands, also for a channel that is subscribed already."""
         self._channels.add(channel)
-        async with self._changing:
-            if self._pubsub is not None:
-                with suppress(RedisError, OSError):  # `run` meets it too and subscribes anew.
-                    await self._pubsub.subscribe(channel)
+        self._dropped.discard(channel)
+        self._added.add(channel)
+        self._changed.set()
 
-    async def drop(self, channel: str) -> None:
+    def drop(self, channel: str) -> None:
         self._channels.discard(channel)
-        async with self._changing:
-            if self._pubsub is not None and channel not in self._channels:
-                with suppress(RedisError, OSError):
-                    await self._pubsub.unsubscribe(channel)
+        self._added.discard(channel)
+        self._dropped.add(channel)
+        self._changed.set()
 
     async def run(self) -> None:
         """Listen until cancelled, across every loss of the connection."""
@@ -68,14 +69,10 @@ class Listener:
             try:
                 async with self._redis.pubsub() as pubsub:
                     try:
-                        async with self._changing:
-                            await self._subscribe(pubsub)
+                        await self._subscribe(pubsub)
                         await self._hear(pubsub)
                     finally:
-                        # Before the connection goes back to the pool, or a late subscription
-                        # would go with it to whoever takes it next.
-                        async with self._changing:
-                            self._pubsub = None
+                        self._pubsub = None
             except (RedisError, OSError) as error:
                 logger.warning("channel_lost", error=type(error).__name__)
             finally:
@@ -83,6 +80,8 @@ class Listener:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _subscribe(self, pubsub: PubSub) -> None:
+        self._added.clear()
+        self._dropped.clear()
         try:
             await pubsub.subscribe(*self._channels)
         except (RedisError, OSError):
@@ -92,26 +91,21 @@ class Listener:
         self.away = False
 
     async def _hear(self, pubsub: PubSub) -> None:
-        reading = asyncio.create_task(self._read(pubsub))
-        silent = False
+        """Raises RedisError or OSError when the connection breaks or Redis falls silent."""
+        parts = {
+            asyncio.create_task(part(pubsub))
+            for part in (self._read, self._follow_changes, self._await_silence)
+        }
         try:
-            while True:
-                heard = self._heard
-                done, _ = await asyncio.wait({reading}, timeout=SILENCE_SECONDS)
-                if done:
-                    reading.result()
-                # Counted, not timed: a loop that was busy for long has only not looked.
-                if self._heard != heard:
-                    silent = False
-                elif not silent:
-                    silent = True
-                    await pubsub.ping()
-                else:
-                    self.away = True
-                    raise ConnectionError("Redis has fallen silent")
+            ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in ended:
+                part.result()
         finally:
-            reading.cancel()
-            await asyncio.wait([reading])
+            for part in parts:
+                part.cancel()
+            # Until they have ended they may write on a connection that goes back to the pool, and
+            # a late subscription would go with it to whoever takes it next.
+            await asyncio.wait(parts)
 
     async def _read(self, pubsub: PubSub) -> None:
         connection = pubsub.connection
@@ -125,3 +119,29 @@ class Listener:
                 self._on_message(message[1].decode(), message[2])
             elif (told := await pubsub.handle_message(message))["type"] == "subscribe":
                 self._on_subscribed(told["channel"].decode())
+
+    async def _follow_changes(self, pubsub: PubSub) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            added, self._added = self._added, set()
+            dropped, self._dropped = self._dropped, set()
+            if added:
+                await pubsub.subscribe(*added)
+            if dropped:
+                await pubsub.unsubscribe(*dropped)
+
+    async def _await_silence(self, pubsub: PubSub) -> None:
+        silent = False
+        while True:
+            heard = self._heard
+            await asyncio.sleep(SILENCE_SECONDS)
+            # Counted, not timed: a loop that was busy for long has only not looked.
+            if self._heard != heard:
+                silent = False
+            elif not silent:
+                silent = True
+                await pubsub.ping()
+            else:
+                self.away = True
+                raise ConnectionError("Redis has fallen silent")

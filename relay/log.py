@@ -12,7 +12,7 @@ from redis.typing import EncodableT
 from relay import keys
 from relay.connection import script
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
-from relay.events import TERMINAL, Cursor, Entry, Event, to_json
+from relay.events import QUEUED, TERMINAL, Cursor, Entry, Event, to_json
 from relay.ids import new_stream_id
 from relay.settings import Settings
 
@@ -21,6 +21,9 @@ JOB = "generate"
 Recovery = Literal["restart", "fail"]
 
 GONE = "This stream is gone: it was erased, has expired or was lost."
+
+BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
+"""With which every log begins."""
 
 _PAGE = 2000
 
@@ -94,18 +97,20 @@ class Log:
         self,
         request: dict[str, Any],
         *,
+        stream_id: str | None = None,
         recovery: Recovery = "restart",
         idempotency_key: str = "",
         digest: str = "",
     ) -> Created:
-        """A new stream with its job in the queue, or nothing at all.
+        """A new stream with its job in the queue, or nothing at all; under a new id, unless one was
+        made for it already.
 
         `recovery` says what shall become of it if its worker dies after the first chunk: `restart`
         begins the answer anew, `fail` ends the stream as interrupted.
 
         Raises QueueFull; IdempotencyConflict if the key came with another body before.
         """
-        stream_id = new_stream_id()
+        stream_id = stream_id or new_stream_id()
         job = serialize_job(JOB, (stream_id,), {}, None, 0, serializer=to_json)
         verdict, *rest = await self._create(
             keys=[

@@ -1,13 +1,19 @@
-"""A client at the seam of ASGI: what it takes and when it leaves is in the test's hand."""
+"""A client at the seam of ASGI: what it takes and when it leaves is in the test's hand.
+
+With LINED it is one of our own server, which offers a line beside ASGI.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import cast
 
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Scope
 
-from api.hub import Hub
+from api.feed import Feed
+from api.hub import Hub, Watching
+from api.line import EXTENSION, Line
 from api.viewer import Viewer
 from relay.events import Cursor
 
@@ -19,6 +25,9 @@ class Frame:
     data: str
 
 
+LINED = False
+
+
 class Taker:
     """Takes whole messages; while `reading` is clear it takes nothing, as a full socket does."""
 
@@ -27,11 +36,64 @@ class Taker:
         self.headers: dict[str, str] = {}
         self.body = b""
         self.writes: list[bytes] = []
+        self.sent = 0
+        """How often the application itself has sent something."""
         self.ended = False
         self.reading = asyncio.Event()
         self.reading.set()
         self.leaving = asyncio.Event()
+        self.aborted = asyncio.Event()
         self._changed = asyncio.Event()
+        self._pending: list[bytes] = []
+        self._line = Line(cast(asyncio.Transport, self), self)
+
+    @property
+    def scope(self) -> Scope:
+        return {"type": "http"} | ({"extensions": {EXTENSION: self._line}} if LINED else {})
+
+    def leave(self) -> None:
+        self.leaving.set()
+        self.reading.set()
+        asyncio.get_running_loop().call_soon(self._line.lose)
+
+    # As the transport and the flow control of a line.
+
+    @property
+    def write_paused(self) -> bool:
+        return bool(self._pending) and not self.reading.is_set()
+
+    @write_paused.setter
+    def write_paused(self, _: bool) -> None:
+        raise NotImplementedError
+
+    def resume_reading(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.leaving.is_set() or self.aborted.is_set()
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def write(self, chunk: bytes) -> None:
+        size, _, rest = chunk.partition(b"\r\n")
+        assert int(size, 16) == len(rest) - 2 > 0
+        self._pending.append(rest[:-2])
+        if self.reading.is_set():
+            self._take_pending()
+
+    def _take_pending(self) -> None:
+        for body in self._pending:
+            self._take(body)
+        self._pending.clear()
+
+    def _take(self, body: bytes) -> None:
+        if body:
+            self.writes.append(body)
+        self.body += body
+        self._changed.set()
+
+    # As ASGI has it.
 
     async def receive(self) -> Message:
         await self.leaving.wait()
@@ -39,12 +101,13 @@ class Taker:
 
     async def send(self, message: Message) -> None:
         await self.reading.wait()
+        self.sent += 1
+        self._take_pending()
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
         else:
-            self.writes.append(message["body"])
-            self.body += message["body"]
+            self._take(message["body"])
             self.ended = not message.get("more_body", False)
         self._changed.set()
 
@@ -74,20 +137,29 @@ async def viewing(app: ASGIApp) -> AsyncIterator[Taker]:
     try:
         yield taker
     finally:
-        taker.leaving.set()
-        taker.reading.set()
+        taker.leave()
         await running
 
 
 async def run(app: ASGIApp, taker: Taker) -> None:
-    await app({"type": "http"}, taker.receive, taker.send)
+    await app(taker.scope, taker.receive, taker.send)
 
 
 @asynccontextmanager
 async def watching(hub: Hub, stream_id: str, after: str = "") -> AsyncIterator[Taker]:
     """A viewer of the native wire."""
     cursor = Cursor.parse(after) if after else None
-    async with hub.watch(stream_id) as feed:
+    async with entered(hub, stream_id) as feed:
         viewer = Viewer(hub, feed, cursor, heartbeat_seconds=15, write_seconds=30)
         async with viewing(viewer) as taker:
             yield taker
+
+
+@asynccontextmanager
+async def entered(hub: Hub, stream_id: str) -> AsyncIterator[Feed]:
+    """The feed of a stream, for as long as the block is."""
+    watching = Watching(hub)
+    try:
+        yield await watching.feed(stream_id)
+    finally:
+        watching.end()

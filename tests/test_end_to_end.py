@@ -224,8 +224,6 @@ async def test_a_stream_erased_under_its_viewers_is_told_and_its_upstream_closed
 # Promise 5: a slow viewer harms only itself.
 
 
-# Of a prompt as long as this one's aiohttp warns that to send it takes a moment.
-@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 async def test_one_viewer_that_never_reads_delays_nobody_and_is_let_go(
     settings: Settings,
 ) -> None:

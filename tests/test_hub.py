@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,8 @@ from relay.errors import StreamGone
 from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, entry
 from relay.ids import new_stream_id
 from relay.log import Log
-from tests.asgi import Taker, watching
+from tests import asgi
+from tests.asgi import Taker, entered, watching
 from tests.conftest import append, make_claims, make_log, until
 
 
@@ -111,6 +113,8 @@ Step = st.one_of(
     st.tuples(st.just("join"), st.just(0)),
     st.tuples(st.just("leave"), st.integers(0, 5)),
     st.tuples(st.just("resume"), st.integers(0, 5)),
+    st.tuples(st.just("stop taking"), st.integers(0, 5)),
+    st.tuples(st.just("take"), st.integers(0, 5)),
     st.tuples(st.just("cut"), st.just(0)),
     st.tuples(st.just("begin"), st.just(0)),
     st.tuples(st.just("yield"), st.integers(1, 20)),
@@ -134,8 +138,18 @@ class Person:
         after = self.ids[-1] if self.ids else ""
         self._taker = await self._connection.enter_async_context(watching(hub, stream_id, after))
 
+    async def do(self, verb: str, hub: Hub, stream_id: str) -> None:
+        if self._taker is None:
+            if verb == "resume":
+                await self.connect(hub, stream_id)
+        elif verb == "stop taking":
+            self._taker.reading.clear()
+        elif verb == "take":
+            self._taker.reading.set()
+
     async def see_the_end(self) -> None:
         assert self._taker is not None
+        self._taker.reading.set()
         await self._taker.has(b"event: completed")
         await self.disconnect()
 
@@ -152,6 +166,7 @@ class Person:
         self._taker = None
 
 
+@pytest.mark.parametrize("server", ["any server", "our server"])
 @given(steps=st.lists(Step, max_size=30))
 @settings(
     max_examples=40,
@@ -159,9 +174,10 @@ class Person:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_interleaving_gives_every_viewer_exactly_the_log(
-    redis_server: RedisServer, steps: list[tuple[str, int]]
+    redis_server: RedisServer, server: str, steps: list[tuple[str, int]]
 ) -> None:
-    asyncio.run(_interleave(redis_server.url, steps))
+    with patch.object(asgi, "LINED", server == "our server"):
+        asyncio.run(_interleave(redis_server.url, steps))
 
 
 async def _interleave(url: str, steps: list[tuple[str, int]]) -> None:
@@ -182,8 +198,8 @@ async def _interleave(url: str, steps: list[tuple[str, int]]) -> None:
                     await people[-1].connect(hub, stream_id)
                 elif verb == "leave":
                     await person.disconnect()
-                elif verb == "resume" and not person.watching:
-                    await person.connect(hub, stream_id)
+                elif verb in {"resume", "stop taking", "take"}:
+                    await person.do(verb, hub, stream_id)
                 elif verb == "cut":
                     await redis.client_kill_filter(_type="pubsub")
                 elif verb == "begin":
@@ -300,7 +316,7 @@ async def test_a_thousand_viewers_cost_redis_no_more_than_one(
 async def test_frames_are_encoded_once_for_all_viewers(hub: Hub, writer: Writer) -> None:
     await writer.begin()
     async with (
-        hub.watch(writer.stream_id) as feed,
+        entered(hub, writer.stream_id) as feed,
         watching(hub, writer.stream_id) as one,
         watching(hub, writer.stream_id) as two,
     ):
@@ -345,7 +361,7 @@ async def test_a_viewer_that_leaves_during_the_first_read_disturbs_no_other(
     await writer.begin()
 
     async def join() -> None:
-        async with hub.watch(writer.stream_id):
+        async with entered(hub, writer.stream_id):
             pass
 
     hasty = asyncio.create_task(join())
@@ -365,7 +381,7 @@ async def _sees(hub: Hub, stream_id: str, text: bytes) -> None:
 
 async def test_an_unknown_log_is_gone(hub: Hub) -> None:
     with pytest.raises(StreamGone):
-        async with hub.watch(new_stream_id()):
+        async with entered(hub, new_stream_id()):
             pass
     assert hub.viewers() == {}
 
@@ -387,7 +403,7 @@ async def test_an_erased_stream_is_gone_for_those_who_watch_and_in_the_cache_of_
         await other.erase(live.stream_id)
         await taker.has(b"stream_gone")
     with pytest.raises(StreamGone):
-        async with hub.watch(writer.stream_id):
+        async with entered(hub, writer.stream_id):
             pass
 
 
@@ -409,7 +425,7 @@ async def test_an_erase_that_is_heard_during_the_first_read_is_gone_and_nothing_
 
     monkeypatch.setattr(Log, "read", erased_meanwhile)
     with pytest.raises(StreamGone):
-        async with hub.watch(writer.stream_id):
+        async with entered(hub, writer.stream_id):
             pass
 
 
@@ -418,7 +434,7 @@ async def test_what_was_let_go_of_never_comes_back_into_memory(
 ) -> None:
     await writer.begin()
     await writer.finish()
-    async with hub.watch(writer.stream_id) as feed:
+    async with entered(hub, writer.stream_id) as feed:
         hub._finished.clear()
         # As a round of the patrol does that began before the connection was lost.
         await hub._catch_up(feed)
@@ -433,13 +449,13 @@ async def test_nothing_is_served_from_memory_once_erasing_could_go_unheard(
     async with watching(hub, writer.stream_id) as taker:
         await taker.has(b"completed")
     await redis.delete(keys.log(writer.stream_id))
-    async with hub.watch(writer.stream_id):
+    async with entered(hub, writer.stream_id):
         pass
     await redis.client_kill_filter(_type="pubsub")
 
     async def gone() -> bool:
         try:
-            async with hub.watch(writer.stream_id):
+            async with entered(hub, writer.stream_id):
                 return False
         except StreamGone:
             return True

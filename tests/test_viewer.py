@@ -6,11 +6,10 @@ import tracemalloc
 
 import pytest
 from redis.asyncio import Redis
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from api.feed import FRAMES_AT_ONCE, Feed
 from api.hub import Hub
-from api.long_response import CONNECTION
 from api.viewer import TextViewer, Viewer
 from relay.errors import StreamGone
 from relay.events import (
@@ -25,8 +24,14 @@ from relay.events import (
     Event,
     entry,
 )
+from tests import asgi
 from tests.asgi import viewing
-from tests.conftest import make_log
+from tests.conftest import make_log, until
+
+
+@pytest.fixture(params=["any server", "our server"], autouse=True)
+def _server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "LINED", request.param == "our server")
 
 
 @pytest.fixture
@@ -51,6 +56,10 @@ class Log:
         for kind, data in entries:
             self.feed.add([Event(Cursor(self._attempt, self._seq), kind, data)], read=True)
             self._seq += 1
+
+    async def is_ridden(self) -> bool:
+        """Whether somebody has everything."""
+        return any(self.feed._riders.values())
 
     def begin_anew(self) -> None:
         self._attempt, self._seq = self._attempt + 1, 0
@@ -85,15 +94,6 @@ def text_viewer(hub: Hub, log: Log, *, drain_seconds: float = 0) -> TextViewer:
     )
 
 
-def offered(app: ASGIApp, **offer: object) -> ASGIApp:
-    """The application as our own server runs it, with what that one offers."""
-
-    async def run(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "extensions": {CONNECTION: offer}}, receive, send)
-
-    return run
-
-
 async def test_what_came_since_the_last_write_goes_out_as_one(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
@@ -112,11 +112,42 @@ async def test_what_came_since_the_last_write_goes_out_as_one(hub: Hub) -> None:
     )
 
 
+async def test_a_chunk_wakes_no_viewer_that_has_everything(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asgi, "LINED", True)
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"started")
+        await until(log.is_ridden)
+        sent = taker.sent
+        log.add(*text(*map(str, range(100))))
+        assert taker.frames[-1].data == '{"text":"99"}', "it has it already"
+        await asyncio.sleep(0)
+        assert taker.sent == sent
+        log.add(ENDS)
+        await taker.has(b"completed")
+    assert taker.ended
+
+
 async def test_an_idle_viewer_hears_a_heartbeat(hub: Hub) -> None:
     log = Log()
     async with viewing(viewer(hub, log, heartbeat_seconds=0.01)) as taker:
         await taker.has(b":\n\n:\n\n")
     assert [frame.event for frame in taker.frames] == ["queued"]
+
+
+async def test_while_chunks_come_there_is_no_heartbeat(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(viewer(hub, log, heartbeat_seconds=0.2)) as taker:
+        await taker.has(b"started")
+        for number in range(30):
+            log.add(*text(str(number)))
+            await asyncio.sleep(0.01)
+        assert b"\n:\n\n" not in taker.body
+        await taker.has(b"\n:\n\n")
 
 
 async def test_a_viewer_that_takes_nothing_is_broken_off(hub: Hub) -> None:
@@ -219,24 +250,28 @@ async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:
             await left.wait()
 
 
-async def test_only_a_write_that_takes_too_long_aborts_the_connection(hub: Hub) -> None:
-    aborted = asyncio.Event()
+async def test_only_a_write_that_takes_too_long_aborts_the_connection(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asgi, "LINED", True)
     for stuck in (False, True):
         log = Log()
         log.add(STARTS)
         watching = viewer(hub, log, write_seconds=0.05 if stuck else 60)
-        async with viewing(offered(watching, abort=aborted.set)) as taker:
+        async with viewing(watching) as taker:
             await taker.has(b"started")
             if stuck:
                 taker.reading.clear()
                 log.add(*text("a"))
                 async with asyncio.timeout(5):
-                    await aborted.wait()
-        assert aborted.is_set() == stuck
+                    await taker.aborted.wait()
+            assert taker.aborted.is_set() == stuck
 
 
-async def test_an_end_that_is_not_taken_aborts_the_connection_too(hub: Hub) -> None:
-    aborted = asyncio.Event()
+async def test_an_end_that_is_not_taken_aborts_the_connection_too(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asgi, "LINED", True)
     log = Log()
     log.add(STARTS)
     watching = viewer(hub, log, write_seconds=0.05)
@@ -247,11 +282,11 @@ async def test_an_end_that_is_not_taken_aborts_the_connection_too(hub: Hub) -> N
                 await asyncio.Event().wait()
             await send(message)
 
-        await offered(watching, abort=aborted.set)(scope, receive, stuck_at_the_end)
+        await watching(scope, receive, stuck_at_the_end)
 
-    async with viewing(all_but_the_end), asyncio.timeout(5):
+    async with viewing(all_but_the_end) as taker, asyncio.timeout(5):
         log.add(ENDS)
-        await aborted.wait()
+        await taker.aborted.wait()
 
 
 # A process that drains.

@@ -1,0 +1,132 @@
+"""The shortcut past FastAPI's stack, for the two requests that nearly everybody makes.
+
+In that stack a viewer holds a dozen coroutines for as long as it watches, and a question costs a
+millisecond before anything is done about it. What is not plainly right goes FastAPI's way, which
+says what is wrong with it. The routes are the same.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from urllib.parse import parse_qs
+
+from fastapi import Response
+from pydantic import ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import routes
+from api.chat_request import ChatRequest
+from api.hub import Watching
+from api.problems import answer_to
+from relay.ids import is_stream_id
+from relay.logs import get_logger
+
+logger = get_logger("api")
+
+_BEFORE, _AFTER = "/streams/", "/events"
+
+Headers = Mapping[str, str]
+Route = Callable[..., Awaitable[Response]]
+
+
+class Shortcut:
+    """Pure ASGI: serves `POST /chat` and `GET /streams/{id}/events`; the rest is for `app`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = None
+        match scope.get("method"), scope.get("path", ""):
+            case "GET", path if path.startswith(_BEFORE) and path.endswith(_AFTER):
+                route = _watch(path[len(_BEFORE) : -len(_AFTER)], scope)
+            case "POST", "/chat":
+                received = await _body(scope, receive)
+                route = _ask(received, scope)
+                receive = _again(received, receive)
+        if route is None:
+            await self._app(scope, receive, send)
+        else:
+            await _respond(route, scope, receive, send)
+
+
+async def _respond(route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    parts: routes.Parts = scope["app"].state.parts
+    watching = Watching(parts.hub)
+    try:
+        response = await _answer(route, parts, watching)
+        del route  # It holds headers, and a viewer stays for long.
+        await response(scope, receive, send)
+    except Exception as error:
+        logger.error("internal_error", exc_info=error)
+        raise
+    finally:
+        watching.end()
+
+
+async def _answer(route: Route, parts: routes.Parts, watching: Watching) -> Response:
+    try:
+        return await route(parts=parts, watching=watching)
+    except Exception as error:  # noqa: BLE001 - as FastAPI's stack does, last of all
+        return answer_to(error)
+
+
+def _watch(stream_id: str, scope: Scope) -> Route | None:
+    if not is_stream_id(stream_id):
+        return None
+    headers, query = _headers(scope), parse_qs(scope["query_string"].decode("latin-1"))
+    return partial(
+        routes.events,
+        stream_id,
+        accept=headers.get("accept", "*/*"),
+        last_event_id=headers.get("last-event-id", ""),
+        last_event_id_in_query=query.get("last_event_id", [""])[0],
+    )
+
+
+def _ask(received: list[Message], scope: Scope) -> Route | None:
+    headers = _headers(scope)
+    on_disconnect = headers.get("x-on-disconnect", "continue")
+    idempotency_key = headers.get("idempotency-key", "")
+    if on_disconnect not in {"continue", "cancel"} or len(idempotency_key) > routes.LONGEST_KEY:
+        return None
+    try:
+        body = ChatRequest.model_validate_json(b"".join(each.get("body", b"") for each in received))
+    except ValidationError:
+        return None
+    return partial(
+        routes.chat,
+        body,
+        accept=headers.get("accept", "*/*"),
+        idempotency_key=idempotency_key,
+        x_on_disconnect="cancel" if on_disconnect == "cancel" else "continue",
+    )
+
+
+def _headers(scope: Scope) -> Headers:
+    """Of one that comes twice the first counts, as everywhere."""
+    pairs = reversed(scope["headers"])
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+
+
+async def _body(scope: Scope, receive: Receive) -> list[Message]:
+    """All of a body of JSON whose length is announced and allowed; nothing of any other."""
+    headers = _headers(scope)
+    length = headers.get("content-length", "")
+    limit = scope["app"].state.parts.settings.body_bytes
+    if headers.get("content-type") != "application/json" or not length.isdigit():
+        return []
+    if int(length) > limit:
+        return []
+    received = [await receive()]
+    while received[-1].get("more_body"):
+        received.append(await receive())
+    return received
+
+
+def _again(received: list[Message], receive: Receive) -> Receive:
+    """Whoever receives is given what was received already, then what follows."""
+
+    async def replay() -> Message:
+        return received.pop(0) if received else await receive()
+
+    return replay
