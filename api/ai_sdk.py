@@ -1,6 +1,5 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
-import hashlib
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from api.viewer import Viewer
 from api.wires import ui_messages as codec
 from relay.chats import Chats
 from relay.errors import StreamGone
+from relay.ids import alias_of
 from relay.logs import get_logger
 
 logger = get_logger("api")
@@ -145,9 +145,8 @@ async def chat(
 
 
 def message_id_of(stream_id: str) -> str:
-    """The same in every replay. Clients keep and send it about, so it must not be the stream's id:
-    whoever has that may read the stream, cancel and erase it."""
-    return f"msg-{hashlib.sha256(stream_id.encode()).hexdigest()[:24]}"
+    """The same in every replay."""
+    return f"msg-{alias_of(stream_id)}"
 
 
 # Ids of chats are the client's own, which may have slashes in them.
