@@ -44,7 +44,8 @@ class Expected:
     begun: bool = False
     """Whether the newest claim has written anything, so that viewers know of it."""
     holder: Claim | None = None
-    until_ms: int = 0
+    until_ms: float = 0
+    """On half a millisecond, if it is the one turn more that an outage of all sweeps gives."""
     cancel_asked: bool = False
     ended: str = ""
     erased: bool = False
@@ -245,7 +246,8 @@ class Streams(RuleBasedStateMachine):
         held = {id_: each for id_, each in self.expected.items() if each.holder}
         if self.swept_ms is not None and self.now_ms - self.swept_ms > LEASE_MS / 2:
             for stream in held.values():  # Perhaps nobody could renew.
-                stream.until_ms = self.now_ms + LEASE_MS
+                if stream.until_ms % 1 == 0:
+                    stream.until_ms = self.now_ms + LEASE_MS + 0.5
         self.swept_ms = self.now_ms
         lapsed = {id_: each for id_, each in held.items() if each.until_ms <= self.now_ms}
         swept = self.run(self.claims[worker].sweep())
