@@ -84,11 +84,13 @@ class Log:
         recovery: Recovery = "restart",
         idempotency_key: str = "",
         digest: str = "",
+        webhook: str = "",
     ) -> Created:
         """A new stream with its job in the queue, or nothing at all.
 
         `recovery` says what shall become of it if its worker dies after the first chunk: `restart`
-        begins the answer anew, `fail` ends the stream as interrupted.
+        begins the answer anew, `fail` ends the stream as interrupted. `webhook` is the URL to be
+        told when it has ended; empty for none.
 
         Raises QueueFull; IdempotencyConflict if the key came with another body before.
         """
@@ -114,6 +116,7 @@ class Log:
                 self._live_ms + self._retention_ms,
                 keys.state("%s"),
                 recovery,
+                webhook,
             ],
         )
         match verdict:
@@ -141,6 +144,7 @@ class Log:
                 keys.channel(stream_id),
                 keys.LEASES,
                 keys.job(stream_id),
+                keys.WEBHOOKS,
             ],
             args=[
                 stream_id,
@@ -229,6 +233,7 @@ class Log:
                 keys.LEASES,
                 keys.job(stream_id),
                 keys.QUEUE,
+                keys.WEBHOOKS,
             ],
             args=[stream_id, self._retention_ms, keys.CONTROL],
         )
@@ -246,6 +251,7 @@ class Log:
                 keys.LEASES,
                 keys.job(stream_id),
                 keys.QUEUE,
+                keys.WEBHOOKS,
             ],
             args=[stream_id, keys.CONTROL],
         )
