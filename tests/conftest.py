@@ -26,6 +26,7 @@ from relay.connection import connect
 from relay.log import Log
 from relay.logs import configure_logs
 from relay.settings import Settings
+from tests.receiver import Names
 from worker.claiming import ClaimingWorker
 from worker.main import create_worker
 
@@ -186,6 +187,14 @@ async def running_worker(settings: Settings) -> AsyncIterator[ClaimingWorker]:
         running.cancel()
         await asyncio.wait([running])
         await worker.close()
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """What names lead to, in this process."""
+    names = Names()
+    monkeypatch.setattr("socket.getaddrinfo", names.getaddrinfo)
+    return names
 
 
 @pytest.fixture
