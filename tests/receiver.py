@@ -59,33 +59,42 @@ class Receiver:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
-            await self._serve(reader, writer)
+            self.requests.append(await _read(reader))
+            self._changed.set()
+            leaving = asyncio.create_task(reader.read(1))
+            try:
+                await self._answer(writer, leaving)
+            finally:
+                leaving.cancel()
         except (ConnectionError, asyncio.IncompleteReadError):
             self.left.set()
         finally:
             writer.close()
             self.over.set()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
-        headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in lines)}
-        body = await reader.readexactly(int(headers["content-length"]))
-        self.requests.append(Request(line, headers, body))
-        self._changed.set()
+    async def _answer(self, writer: asyncio.StreamWriter, leaving: asyncio.Task[bytes]) -> None:
         head = self.answers.pop(0) if self.answers else answer(204)
-        await self.answering.wait()
-        writer.write(head)
+        answering = asyncio.create_task(self.answering.wait())
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        answering.cancel()
+        if not leaving.done():
+            writer.write(head)
+        if head == HALF:
+            await asyncio.wait({leaving}, timeout=0.1)
+            writer.write(b"end")
+        if head == STALLED:
+            await leaving
         while head == ENDLESS:
             writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
             await writer.drain()
-        if head == HALF:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await reader.read(1)
-                    self.left.set()
-            writer.write(b"end")
-        if head == STALLED:
-            await reader.readexactly(1)
+        if leaving.done():
+            self.left.set()
+
+
+async def _read(reader: asyncio.StreamReader) -> Request:
+    line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+    headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in lines)}
+    return Request(line, headers, await reader.readexactly(int(headers["content-length"])))
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 import asyncio
 import ssl
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,10 @@ NAME = "hooks.test"
 
 
 @pytest.fixture
-async def post(authority: trustme.CA, names: Names) -> AsyncIterator[Post]:
+def post(authority: trustme.CA, names: Names) -> Post:
     """One that believes the authority, and may reach this machine."""
     names[NAME] = ["127.0.0.1"]
-    post = Post(private=True, most=20)
-    yield post
-    await post.close()
+    return Post(private=True, most=20)
 
 
 @pytest.fixture
@@ -80,7 +77,6 @@ async def test_no_proxy_of_the_environment_comes_between(
             monkeypatch.setenv(variable.lower(), proxy.url)
         post = Post(private=True, most=1)
         assert (await send(post, to(receiver))).status == 204
-        await post.close()
         assert proxy.connections == 0
 
 
@@ -91,7 +87,6 @@ async def test_a_private_address_is_not_asked(names: Names) -> None:
         with pytest.raises(NoAnswer, match=r"^NotPublic$"):
             await send(post, to(receiver))
         assert receiver.connections == 0
-    await post.close()
 
 
 async def test_no_connection_is_used_twice(post: Post) -> None:

@@ -4,7 +4,6 @@ addresses of this machine play both."""
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator
 
 import httpcore2
 import pytest
@@ -37,10 +36,8 @@ def test_no_other_is_whatever_it_is_wrapped_in(address: str) -> None:
 
 
 @pytest.fixture
-async def network() -> AsyncIterator[PublicNetwork]:
-    network = PublicNetwork(private=False, lookups=20)
-    yield network
-    network.close()
+def network() -> PublicNetwork:
+    return PublicNetwork(private=False, lookups=20)
 
 
 @pytest.fixture
@@ -99,7 +96,6 @@ async def test_of_several_addresses_the_first_that_can_be_reached_is_taken(
     with pytest.raises(httpcore2.ConnectError) as failure:
         await network.connect_tcp("hooks.test", receiver.port)
     assert not isinstance(failure.value, NotPublic)
-    network.close()
 
 
 async def test_a_name_that_is_not_known_is_an_error_of_the_network(

@@ -41,16 +41,11 @@ class Post:
 
     def __init__(self, *, private: bool, most: int) -> None:
         """`private` addresses are allowed; `most`: so many at a time."""
-        self._network = PublicNetwork(private=private, lookups=most)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=httpcore2.default_ssl_context(),
-            network_backend=self._network,
+            network_backend=PublicNetwork(private=private, lookups=most),
             max_connections=most,
         )
-
-    async def close(self) -> None:
-        await self._pool.aclose()
-        self._network.close()
 
     async def send(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
         """The answer, whatever its status. Raises NoAnswer."""

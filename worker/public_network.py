@@ -31,9 +31,6 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
         # not answered must not stand in its way.
         self._threads = ThreadPoolExecutor(lookups, thread_name_prefix="lookup")
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def connect_tcp(
         self,
         host: str,
