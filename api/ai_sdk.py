@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed
 from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS
-from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly
 from api.shaped_route import ShapedRoute
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
@@ -126,6 +126,7 @@ async def chat(
     parts: PartsOfApp,
     chats: ChatsOfApp,
     stack: WhileResponding,
+    webhook: WebhookUrl,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -133,8 +134,10 @@ async def chat(
     it, unless X-On-Disconnect asks for it."""
     if parts.hub.redis_away:
         return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_asked().to_stored(body.id)
-    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    asked, digest = body.to_asked().to_stored(body.id, webhook=webhook)
+    created = await parts.log.create(
+        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
+    )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     await chats.note(body.id, stream_id)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from api import ai_sdk, chat_completions, page, problems, responses
+from api import ai_sdk, chat_completions, page, problems, responses, webhook
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
@@ -43,7 +43,9 @@ def _leave_no_half(task: asyncio.Task[None]) -> None:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Build the application; it connects to Redis when it starts up, not here."""
+    """Build the application; it connects to Redis when it starts up, not here. Raises
+    ConfigurationError."""
+    webhooks = settings.webhooks
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         presence = Presence(hub, log, process=secrets.token_hex(8))
         app.state.redis = redis
-        app.state.parts = Parts(settings, log, hub, presence)
+        app.state.parts = Parts(settings, log, hub, presence, webhooks)
         running = [asyncio.create_task(part.run()) for part in (hub, presence)]
         for task in running:
             task.add_done_callback(_leave_no_half)
@@ -70,7 +72,13 @@ def create_app(settings: Settings) -> FastAPI:
                     await task
             await redis.aclose()
 
-    app = FastAPI(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="chat-relay",
+        version="0.1.0",
+        description=DESCRIPTION,
+        webhooks=webhook.router,
+        lifespan=lifespan,
+    )
     problems.install(app)
     app.include_router(router)
     app.include_router(chat_completions.router)
