@@ -2,12 +2,8 @@
 
 import asyncio
 import base64
-import os
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +16,23 @@ from standardwebhooks import Webhook
 from emulator.app import Emulator
 from relay import keys
 from relay.log import Log
-from relay.outbox import Delivery, Outbox
+from relay.outbox import LEASE_SECONDS, Delivery, Outbox
 from relay.settings import Settings
-from tests.conftest import asking, changed, make_claims, running_worker, until
+from tests.conftest import (
+    asking,
+    changed,
+    due_in_ms,
+    make_claims,
+    make_due,
+    running_worker,
+    until,
+    worker_env,
+    worker_process,
+)
 from tests.receiver import Names, Receiver, Request, answer, receiving
 from worker import deliveries
-from worker.deliveries import seconds_before
+from worker.deliveries import Deliveries, seconds_before
 
-ROOT = Path(__file__).parent.parent
 SECRET = f"whsec_{base64.b64encode(b'x' * 32).decode()}"
 HOSTS = "127.0.0.1,slow.test,quick.test"
 
@@ -37,6 +42,11 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.claiming.SWEEP_SECONDS", 0.05)
     monkeypatch.setattr("worker.deliveries.POLL_SECONDS", 0.05)
     monkeypatch.setattr("worker.deliveries.FIRST_RETRY_SECONDS", 0.1)
+
+
+@pytest.fixture
+def never_polling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.deliveries.POLL_SECONDS", 60)
 
 
 @pytest.fixture
@@ -76,26 +86,13 @@ async def settled(redis: Redis) -> None:
     await until(empty)
 
 
-async def tried(redis: Redis, stream_id: str, number: int) -> None:
-    """That many tries were begun, and the last one is over."""
-    client: Any = redis
+async def tried(redis: Redis, stream_id: str) -> None:
+    """One try is over, and another is to come."""
 
     async def postponed() -> bool:
-        tries = await client.hget(keys.state(stream_id), "webhook_tries")
-        return int(tries or 0) >= number and 0 < await due_in_ms(redis, stream_id) < 29_000
+        return 0 < await due_in_ms(redis, stream_id) < LEASE_SECONDS * 1000 - 5000
 
     await until(postponed)
-
-
-async def due_in_ms(redis: Redis, stream_id: str) -> float:
-    seconds, micros = await redis.time()
-    due_ms: float = await redis.zscore(keys.WEBHOOKS, stream_id) or 0
-    return due_ms - (int(seconds) * 1000 + int(micros) / 1000)
-
-
-async def make_due(redis: Redis, stream_id: str) -> None:
-    """As if the time until its next try, or its lease, were over."""
-    await redis.zadd(keys.WEBHOOKS, {stream_id: 1}, xx=True)
 
 
 def outcomes(caplog: Any) -> list[dict[str, Any]]:
@@ -105,14 +102,10 @@ def outcomes(caplog: Any) -> list[dict[str, Any]]:
 # Whatever ends a stream
 
 
+@pytest.mark.usefixtures("never_polling")
 async def test_a_completed_answer_is_told_of_at_once_and_once(
-    redis: Redis,
-    log: Log,
-    settings: Settings,
-    receiver: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
-    monkeypatch.setattr("worker.deliveries.POLL_SECONDS", 60)
     async with running_worker(settings):
         stream_id = await create(log, receiver.url, text=["the ", "answer"])
         request = await receiver.request()
@@ -128,38 +121,23 @@ async def test_a_completed_answer_is_told_of_at_once_and_once(
     assert len(receiver.requests) == 1
 
 
-async def failing(log: Log, emulator: Emulator, stream_id: str) -> None:
-    pass
+async def test_a_failure_is_told_of(log: Log, settings: Settings, receiver: Receiver) -> None:
+    async with running_worker(settings):
+        await create(log, receiver.url, status=400)
+        told = verified(await receiver.request())
+    assert told["type"] == "stream.failed"
+    assert told["data"]["code"] == "upstream_refused"
+    assert told["data"]["retryable"] is False
 
 
-async def cancelled(log: Log, emulator: Emulator, stream_id: str) -> None:
-    await emulator.request(0)
-    await log.cancel(stream_id)
-
-
-@pytest.mark.parametrize(
-    ("script", "end", "kind", "data"),
-    [
-        ({"status": 400}, failing, "failed", {"code": "upstream_refused", "retryable": False}),
-        ({"chunks": 1, "end": "stall"}, cancelled, "cancelled", {}),
-    ],
-)
-async def test_a_failure_and_a_cancel_are_told_of_too(
-    log: Log,
-    settings: Settings,
-    emulator: Emulator,
-    receiver: Receiver,
-    script: dict[str, Any],
-    end: Callable[[Log, Emulator, str], Awaitable[None]],
-    kind: str,
-    data: dict[str, Any],
+async def test_the_cancel_of_a_running_answer_is_told_of(
+    log: Log, settings: Settings, emulator: Emulator, receiver: Receiver
 ) -> None:
     async with running_worker(settings):
-        stream_id = await create(log, receiver.url, **script)
-        await end(log, emulator, stream_id)
-        told = verified(await receiver.request())
-    assert told["type"] == f"stream.{kind}"
-    assert data.items() <= told["data"].items()
+        stream_id = await create(log, receiver.url, chunks=1, end="stall")
+        await emulator.request(0)
+        await log.cancel(stream_id)
+        assert verified(await receiver.request())["type"] == "stream.cancelled"
 
 
 async def test_the_cancel_of_a_waiting_job_is_told_of(
@@ -174,14 +152,10 @@ async def test_the_cancel_of_a_waiting_job_is_told_of(
     assert told["data"]["stream_id"] == stream_id
 
 
+@pytest.mark.usefixtures("never_polling")
 async def test_an_answer_that_a_sweep_ends_is_told_of_at_once(
-    redis: Redis,
-    log: Log,
-    settings: Settings,
-    receiver: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
-    monkeypatch.setattr("worker.deliveries.POLL_SECONDS", 60)
     await ended(log, receiver.url)
     async with running_worker(changed(settings, max_attempts=1)) as worker:
         worker.allow_pick_jobs = False
@@ -229,7 +203,7 @@ async def test_retry_after_is_waited_out(
     receiver.answers += [answer(503, "Retry-After: 20")]
     async with running_worker(settings):
         stream_id = await ended(log, receiver.url)
-        await tried(redis, stream_id, 1)
+        await tried(redis, stream_id)
         assert 15_000 < await due_in_ms(redis, stream_id) < 25_000
 
 
@@ -246,11 +220,10 @@ async def test_one_that_could_be_told_only_of_what_is_gone_is_given_up(
 async def test_nobody_is_told_of_what_is_erased(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
-    receiver.answers += [answer(500)]
+    receiver.answers += [answer(500, "Retry-After: 20")]
     async with running_worker(settings):
         erased = await ended(log, receiver.url)
-        await receiver.request()
-        await tried(redis, erased, 1)
+        await tried(redis, erased)
         await log.erase(erased)
         another = await ended(log, receiver.url)
         assert verified(await receiver.request(1))["data"]["stream_id"] == another
@@ -262,10 +235,15 @@ async def test_nobody_is_told_of_what_is_erased(
 async def test_an_erase_stops_what_is_under_way_to_the_receiver(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
+    async def listening() -> bool:
+        [(_, listeners)] = await redis.pubsub_numsub(keys.CONTROL)
+        return int(listeners) == 1
+
     receiver.answering.clear()
     async with running_worker(settings):
         stream_id = await ended(log, receiver.url)
         await receiver.request()
+        await until(listening)
         await log.erase(stream_id)
         async with asyncio.timeout(5):
             await receiver.left.wait()
@@ -273,6 +251,7 @@ async def test_an_erase_stops_what_is_under_way_to_the_receiver(
         assert not await redis.exists(keys.state(stream_id))
 
 
+@pytest.mark.usefixtures("never_polling")
 async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_poll(
     redis: Redis,
     log: Log,
@@ -280,7 +259,6 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
     receiver: Receiver,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.deliveries.POLL_SECONDS", 60)
     monkeypatch.setattr("worker.deliveries.MOST", 2)
     takes: list[int] = []
     take = Outbox.take
@@ -325,9 +303,9 @@ async def test_nothing_is_sent_to_a_private_address_unless_that_is_allowed(
 ) -> None:
     async with running_worker(changed(settings, webhook_private=False)):
         stream_id = await ended(log, f"https://127.0.0.1:{receiver.port}/")
-        await tried(redis, stream_id, 1)
+        await tried(redis, stream_id)
     assert receiver.connections == 0
-    assert [each["answer"] for each in outcomes(caplog)] == ["NotPublic"]
+    assert {each["answer"] for each in outcomes(caplog)} == {"NotPublic"}
 
 
 async def test_a_worker_that_does_not_know_the_host_leaves_it_for_later(
@@ -335,7 +313,7 @@ async def test_a_worker_that_does_not_know_the_host_leaves_it_for_later(
 ) -> None:
     async with running_worker(changed(settings, webhook_hosts="other.test")):
         stream_id = await ended(log, receiver.url)
-        await tried(redis, stream_id, 1)
+        await tried(redis, stream_id)
     assert {each["answer"] for each in outcomes(caplog)} == {"NotAllowed"}
     assert receiver.connections == 0
     await make_due(redis, stream_id)
@@ -453,31 +431,12 @@ async def test_an_answer_that_cannot_be_noted_leads_to_another_try_when_the_leas
 
 
 @pytest.fixture
-def env(settings: Settings, emulator_url: str) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
-        "REDIS_URL": settings.redis_url,
-        "AZURE_OPENAI_ENDPOINT": emulator_url,
-        "AZURE_OPENAI_KEY": "key",
-        "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
+def env(settings: Settings) -> dict[str, str]:
+    return worker_env(settings) | {
         "RELAY_WEBHOOK_HOSTS": HOSTS,
         "RELAY_WEBHOOK_SECRET": SECRET,
         "RELAY_WEBHOOK_PRIVATE": "1",
-    } | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
-
-
-@asynccontextmanager
-async def worker_process(env: dict[str, str], tmp_path: Path) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", env=env, cwd=tmp_path, stderr=PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+    }
 
 
 async def test_what_a_killed_worker_had_under_way_another_tells_when_the_lease_ends(
@@ -511,6 +470,11 @@ async def test_what_is_under_way_at_a_signal_is_finished_within_the_grace(
         await create(log, receiver.url, chunks=1)
         await receiver.request(seconds=20)
         process.send_signal(signal.SIGTERM)
+
+        async def takes_no_more() -> bool:
+            return int((await redis.info("clients"))["blocked_clients"]) == 0
+
+        await until(takes_no_more)
         later = await ended(log, receiver.url)
         receiver.answering.set()
         async with asyncio.timeout(5):
@@ -555,6 +519,26 @@ async def test_each_outcome_is_a_line_with_stream_and_host_and_no_secret(
     ]
     assert {each["host"] for each in outcomes(caplog)} == {"127.0.0.1"}
     assert "the-marker" not in caplog.text
+
+
+async def test_a_worker_that_leaves_while_redis_is_away_leaves_all_the_same(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def away(*_: object) -> None:
+        raise RedisConnectionError
+
+    receiver.answering.clear()
+    await ended(log, receiver.url)
+    delivering = asyncio.create_task(Deliveries(Outbox(redis), settings.webhooks).run())
+    await receiver.request()
+    monkeypatch.setattr("relay.outbox.Outbox.postpone", away)
+    delivering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await delivering
 
 
 # The wait

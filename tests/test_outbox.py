@@ -11,7 +11,7 @@ from relay.claim import INTERRUPTED, Claim
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, entry, to_json
 from relay.log import Log
 from relay.outbox import LEASE_SECONDS, Delivery, Outbox
-from tests.conftest import make_claims
+from tests.conftest import due_in_ms, make_claims, make_due
 
 URL = "https://hooks.test/the-path"
 END = [entry(STARTED, {"attempt": 1}), entry(COMPLETED, {"chunks": 1})]
@@ -41,17 +41,6 @@ async def ended(redis: Redis, log: Log) -> str:
 
 async def waiting(redis: Redis) -> set[str]:
     return {stream_id.decode() for stream_id in await redis.zrange(keys.WEBHOOKS, 0, -1)}
-
-
-async def due_in_ms(redis: Redis, stream_id: str) -> float:
-    seconds, micros = await redis.time()
-    due_ms: float = await redis.zscore(keys.WEBHOOKS, stream_id)
-    return due_ms - (int(seconds) * 1000 + int(micros) / 1000)
-
-
-async def make_due(redis: Redis, stream_id: str) -> None:
-    """As if the time until its next try had passed."""
-    await redis.zadd(keys.WEBHOOKS, {stream_id: 1}, xx=True)
 
 
 async def by_its_worker(redis: Redis, log: Log, _: str) -> None:
