@@ -96,22 +96,22 @@ class Deliveries:
         except RedisError as error:
             # Its lease ends, and it comes again.
             log.warning("webhook_unsettled", error=type(error).__name__)
-        except Exception as error:  # As well.
+        except Exception as error:  # So does this one.
             log.error("delivery_died", exc_info=error)
 
     async def _tell(self, delivery: Delivery, log: Logger) -> None:
-        status, headers = 0, dict[str, str]()
+        answer = Answer(0, {})
         try:
             target = self._target(delivery.url)
             log = log.bind(host=target.host)
-            status, headers = await self._send(delivery, target)
-            log = log.bind(answer=status)
+            answer = await self._send(delivery, target)
+            log = log.bind(answer=answer.status)
         except NoAnswer as failure:
             log = log.bind(answer=str(failure))
-        seconds = seconds_before(delivery.number + 1, headers, random.random())  # noqa: S311
-        if 200 <= status < 300:
+        seconds = seconds_before(delivery.number + 1, answer.headers, random.random())  # noqa: S311
+        if 200 <= answer.status < 300:
             log.info("webhook_delivered")
-        elif status == UNWANTED or seconds * 1000 > delivery.left_ms:
+        elif answer.status == UNWANTED or seconds * 1000 > delivery.left_ms:
             log.warning("webhook_given_up")
         else:
             log.warning("webhook_failed", retry_seconds=round(seconds, 1))
