@@ -4,6 +4,7 @@ import asyncio
 import base64
 import signal
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ async def ended(log: Log, url: str) -> str:
     stream_id = await create(log, url)
     await log.cancel(stream_id)
     return stream_id
+
+
+@asynccontextmanager
+async def telling(settings: Settings) -> AsyncIterator[None]:
+    """A worker that takes no jobs: streams end when the test says so."""
+    async with running_worker(settings) as worker:
+        worker.allow_pick_jobs = False
+        yield
 
 
 def verified(request: Request) -> dict[str, Any]:
@@ -157,8 +166,7 @@ async def test_an_answer_that_a_sweep_ends_is_told_of_at_once(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     await ended(log, receiver.url)
-    async with running_worker(changed(settings, max_attempts=1)) as worker:
-        worker.allow_pick_jobs = False
+    async with telling(changed(settings, max_attempts=1)):
         await receiver.request()
         stream_id = await create(log, receiver.url)
         # Of a worker that has died since.
@@ -176,7 +184,7 @@ async def test_a_receiver_that_fails_is_told_again_until_it_says_yes(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answers += [answer(500), answer(302, f"Location: {receiver.url}"), b"", answer(200)]
-    async with running_worker(settings):
+    async with telling(settings):
         await ended(log, receiver.url)
         requests = [await receiver.request(number) for number in range(4)]
         await settled(redis)
@@ -191,7 +199,7 @@ async def test_a_receiver_that_wants_no_more_is_not_told_again(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answers += [answer(410)]
-    async with running_worker(settings):
+    async with telling(settings):
         await ended(log, receiver.url)
         await settled(redis)
     assert len(receiver.requests) == 1
@@ -201,7 +209,7 @@ async def test_retry_after_is_waited_out(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answers += [answer(503, "Retry-After: 20")]
-    async with running_worker(settings):
+    async with telling(settings):
         stream_id = await ended(log, receiver.url)
         await tried(redis, stream_id)
         assert 15_000 < await due_in_ms(redis, stream_id) < 25_000
@@ -211,7 +219,7 @@ async def test_one_that_could_be_told_only_of_what_is_gone_is_given_up(
     redis: Redis, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answers += [answer(503, "Retry-After: 61")]
-    async with running_worker(settings):
+    async with telling(settings):
         await ended(Log.configured(redis, changed(settings, retention_seconds=60)), receiver.url)
         await settled(redis)
     assert len(receiver.requests) == 1
@@ -221,7 +229,7 @@ async def test_nobody_is_told_of_what_is_erased(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answers += [answer(500, "Retry-After: 20")]
-    async with running_worker(settings):
+    async with telling(settings):
         erased = await ended(log, receiver.url)
         await tried(redis, erased)
         await log.erase(erased)
@@ -240,7 +248,7 @@ async def test_an_erase_stops_what_is_under_way_to_the_receiver(
         return int(listeners) == 1
 
     receiver.answering.clear()
-    async with running_worker(settings):
+    async with telling(settings):
         stream_id = await ended(log, receiver.url)
         await receiver.request()
         await until(listening)
@@ -270,7 +278,7 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
     monkeypatch.setattr("relay.outbox.Outbox.take", counted)
     for _ in range(5):
         await ended(log, receiver.url)
-    async with running_worker(settings):
+    async with telling(settings):
         await receiver.request(4)
         await settled(redis)
     assert max(takes) == 2
@@ -288,7 +296,7 @@ async def test_a_slow_receiver_holds_up_no_other(
         slow.answering.clear()
         for _ in range(deliveries.MOST + 1):
             await ended(log, f"http://slow.test:{slow.port}")
-        async with running_worker(settings):
+        async with telling(settings):
             await slow.request(deliveries.MOST_TO_A_HOST - 1)
             await ended(log, f"http://quick.test:{receiver.port}")
             await receiver.request(seconds=3)
@@ -301,7 +309,7 @@ async def test_a_slow_receiver_holds_up_no_other(
 async def test_nothing_is_sent_to_a_private_address_unless_that_is_allowed(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver, caplog: Any
 ) -> None:
-    async with running_worker(changed(settings, webhook_private=False)):
+    async with telling(changed(settings, webhook_private=False)):
         stream_id = await ended(log, f"https://127.0.0.1:{receiver.port}/")
         await tried(redis, stream_id)
     assert receiver.connections == 0
@@ -311,13 +319,13 @@ async def test_nothing_is_sent_to_a_private_address_unless_that_is_allowed(
 async def test_a_worker_that_does_not_know_the_host_leaves_it_for_later(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver, caplog: Any
 ) -> None:
-    async with running_worker(changed(settings, webhook_hosts="other.test")):
+    async with telling(changed(settings, webhook_hosts="other.test")):
         stream_id = await ended(log, receiver.url)
         await tried(redis, stream_id)
     assert {each["answer"] for each in outcomes(caplog)} == {"NotAllowed"}
     assert receiver.connections == 0
     await make_due(redis, stream_id)
-    async with running_worker(settings):
+    async with telling(settings):
         await receiver.request()
 
 
@@ -343,11 +351,11 @@ async def test_what_a_leaving_worker_has_under_way_another_takes_at_once(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answering.clear()
-    async with running_worker(settings):
+    async with telling(settings):
         await ended(log, receiver.url)
         first = await receiver.request()
     receiver.answering.set()
-    async with running_worker(settings):
+    async with telling(settings):
         second = await receiver.request(1, seconds=3)
         await settled(redis)
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
@@ -357,7 +365,7 @@ async def test_a_lease_that_lapses_does_not_make_one_worker_tell_twice_at_a_time
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
     receiver.answering.clear()
-    async with running_worker(settings):
+    async with telling(settings):
         stream_id = await ended(log, receiver.url)
         await receiver.request()
         await make_due(redis, stream_id)
@@ -375,7 +383,7 @@ async def test_a_worker_outlives_an_outbox_that_redis_does_not_give_out(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver, caplog: Any
 ) -> None:
     await redis.set(keys.WEBHOOKS, "no outbox")
-    async with running_worker(settings):
+    async with telling(settings):
 
         async def refused() -> bool:
             return [each["event"] for each in outcomes(caplog)] == ["outbox_unreadable"] * 2
@@ -392,7 +400,7 @@ async def test_what_cannot_be_told_takes_neither_the_worker_nor_the_others_with_
     broken = await ended(log, receiver.url)
     await redis.xadd(keys.log(broken), {"cancelled": "no json"}, id="99-0")
     sound = await ended(log, receiver.url)
-    async with running_worker(settings):
+    async with telling(settings):
         assert verified(await receiver.request())["data"]["stream_id"] == sound
     died = [each["stream"] for each in outcomes(caplog) if each["event"] == "delivery_died"]
     assert died == [broken]
@@ -417,7 +425,7 @@ async def test_an_answer_that_cannot_be_noted_leads_to_another_try_when_the_leas
         await until(so_often)
 
     receiver.answers += [answer(500), answer(200)]
-    async with running_worker(settings):
+    async with telling(settings):
         with monkeypatch.context() as outage:
             outage.setattr("relay.outbox.Outbox.postpone", away)
             outage.setattr("relay.outbox.Outbox.settle", away)
@@ -506,7 +514,7 @@ async def test_each_outcome_is_a_line_with_stream_and_host_and_no_secret(
 ) -> None:
     body = b"the-marker"
     receiver.answers += [answer(500, body=body), answer(410, body=body), answer(200, body=body)]
-    async with running_worker(settings):
+    async with telling(settings):
         first = await ended(log, receiver.url)
         await settled(redis)
         second = await ended(log, receiver.url)
