@@ -1,6 +1,5 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
-import hashlib
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -12,13 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed
 from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS
-from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly
+from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly
 from api.shaped_route import ShapedRoute
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
 from api.wires import ui_messages as codec
 from relay.chats import Chats
 from relay.errors import StreamGone
+from relay.ids import alias_of
 from relay.logs import get_logger
 
 logger = get_logger("api")
@@ -126,6 +126,7 @@ async def chat(
     parts: PartsOfApp,
     chats: ChatsOfApp,
     watching: WhileResponding,
+    webhook: WebhookUrl,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -133,8 +134,10 @@ async def chat(
     it, unless X-On-Disconnect asks for it."""
     if parts.hub.redis_away:
         return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_asked().to_stored(body.id)
-    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    asked, digest = body.to_asked().to_stored(body.id, webhook=webhook)
+    created = await parts.log.create(
+        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
+    )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     await chats.note(body.id, stream_id)
@@ -145,9 +148,8 @@ async def chat(
 
 
 def message_id_of(stream_id: str) -> str:
-    """The same in every replay. Clients keep and send it about, so it must not be the stream's id:
-    whoever has that may read the stream, cancel and erase it."""
-    return f"msg-{hashlib.sha256(stream_id.encode()).hexdigest()[:24]}"
+    """The same in every replay."""
+    return f"msg-{alias_of(stream_id)}"
 
 
 # Ids of chats are the client's own, which may have slashes in them.

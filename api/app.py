@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from api import ai_sdk, chat_completions, page, problems, responses
+from api import ai_sdk, chat_completions, page, problems, responses, webhook
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
@@ -45,7 +45,9 @@ def _leave_no_half(task: asyncio.Task[None]) -> None:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Build the application; it connects to Redis when it starts up, not here."""
+    """Build the application; it connects to Redis when it starts up, not here. Raises
+    ConfigurationError."""
+    webhooks = settings.webhooks
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         presence = Presence(hub, log, process=secrets.token_hex(8))
         app.state.redis = redis
-        app.state.parts = Parts(settings, log, hub, presence)
+        app.state.parts = Parts(settings, log, hub, presence, webhooks)
         running = [asyncio.create_task(part.run()) for part in (hub, presence)]
         for task in running:
             task.add_done_callback(_leave_no_half)
@@ -72,7 +74,13 @@ def create_app(settings: Settings) -> FastAPI:
                     await task
             await redis.aclose()
 
-    app = _Api(title="chat-relay", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app = _Api(
+        title="chat-relay",
+        version="0.1.0",
+        description=DESCRIPTION,
+        webhooks=webhook.router,
+        lifespan=lifespan,
+    )
     app.cors_origins = settings.cors_origins
     problems.install(app)
     app.include_router(router)

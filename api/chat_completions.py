@@ -12,7 +12,7 @@ from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.problems import REDIS_AWAY_DETAIL
-from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly, until_ended
+from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly, until_ended
 from api.viewer import HeldViewer, Superseded
 from api.wires import chat_completions as codec
 from relay.events import CANCELLED, COMPLETED, FAILED, to_json
@@ -76,6 +76,7 @@ async def create(
     body: ChatCompletionRequest,
     parts: PartsOfApp,
     watching: WhileResponding,
+    webhook: WebhookUrl,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -86,8 +87,10 @@ async def create(
         return refusal(404, "model_not_found", message, param="model")
     if parts.hub.redis_away:
         return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_stored()
-    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    asked, digest = body.to_stored(webhook=webhook)
+    created = await parts.log.create(
+        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
+    )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     feed = await watching.feed(stream_id)

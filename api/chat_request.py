@@ -69,13 +69,14 @@ class Asked(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-    def to_stored(self, *also: object) -> tuple[JsonObject, str]:
+    def to_stored(self, *also: object, webhook: str = "") -> tuple[JsonObject, str]:
         """What the model is to see: what the caller said and nothing that it left out; and a digest
-        that is equal for equal bodies, in which `also` counts. Raises BadRequest for what JSON
-        cannot carry further."""
+        that is equal for equal bodies, in which `also` and a webhook count. Raises BadRequest for
+        what JSON cannot carry further."""
+        told = [{"webhook": webhook}] if webhook else []
         try:
             stored = self.model_dump(exclude_unset=True, include=set(Asked.model_fields))
-            text = json.dumps([stored, *also], sort_keys=True, allow_nan=False)
+            text = json.dumps([stored, *also, *told], sort_keys=True, allow_nan=False)
         except (ValueError, RecursionError):
             raise BadRequest(
                 "The body nests too deeply, or holds a number that is none: send plain JSON."

@@ -145,7 +145,7 @@ def described(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document. FastAPI puts a 422 of its own shape to every route with a parameter;
     here no route has that shape, and most have nothing that could be invalid."""
     document = FastAPI.openapi(app)
-    for methods in document["paths"].values():
+    for methods in [*document["paths"].values(), *document["webhooks"].values()]:
         for operation in methods.values():
             content = operation["responses"].get("422", {}).get("content", {})
             schema = content.get("application/json", {}).get("schema", {})

@@ -15,7 +15,7 @@ from api.feed import Feed
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.problems import REDIS_AWAY_DETAIL
 from api.responses_request import ResponsesRequest
-from api.routes import Parts, PartsOfApp, WhileResponding, cancel_quietly, until_ended
+from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly, until_ended
 from api.viewer import Viewer
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_error
@@ -139,6 +139,7 @@ async def create(
     body: ResponsesRequest,
     parts: PartsOfApp,
     watching: WhileResponding,
+    webhook: WebhookUrl,
     idempotency_key: Annotated[str, Header(max_length=255)] = "",
     x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
 ) -> Response:
@@ -149,8 +150,10 @@ async def create(
         return refusal(404, "model_not_found", message, param="model")
     if parts.hub.redis_away:
         return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_asked().to_stored("responses")
-    created = await parts.log.create(asked, idempotency_key=idempotency_key, digest=digest)
+    asked, digest = body.to_asked().to_stored("responses", webhook=webhook)
+    created = await parts.log.create(
+        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
+    )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)
     if body.background and not body.stream:

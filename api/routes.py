@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, TypedDict
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
@@ -26,6 +27,7 @@ from relay.ids import is_stream_id
 from relay.log import Log
 from relay.logs import get_logger
 from relay.settings import Settings
+from relay.webhooks import Webhooks
 
 logger = get_logger("api")
 router = APIRouter()
@@ -48,8 +50,11 @@ class Pace(TypedDict):
 class Parts:
     """What the routes work with; one per process, in `app.state.parts`."""
 
-    def __init__(self, settings: Settings, log: Log, hub: Hub, presence: Presence) -> None:
+    def __init__(
+        self, settings: Settings, log: Log, hub: Hub, presence: Presence, webhooks: Webhooks
+    ) -> None:
         self.settings = settings
+        self.webhooks = webhooks
         self.log = log
         self.hub = hub
         self.presence = presence
@@ -113,6 +118,31 @@ async def _watching(parts: PartsOfApp) -> AsyncIterator[Watching]:
 
 WhileResponding = Annotated[Watching, Depends(_watching)]
 
+
+async def _webhook(
+    parts: PartsOfApp,
+    x_webhook_url: Annotated[
+        str | None,
+        Header(
+            description="Is told by a POST when the answer has ended: see the webhook. Its host is "
+            "one of RELAY_WEBHOOK_HOSTS."
+        ),
+    ] = None,
+) -> str:
+    """A URL that may be told, or an empty one."""
+    if x_webhook_url is None:
+        return ""
+    try:
+        parts.webhooks.target(x_webhook_url)
+    except ValueError as error:
+        where = ("header", "x-webhook-url")
+        refused = {"type": "value_error", "loc": where, "msg": str(error), "input": None}
+        raise RequestValidationError([refused]) from None
+    return x_webhook_url
+
+
+WebhookUrl = Annotated[str, Depends(_webhook)]
+
 _STREAMED: dict[str, Any] = {
     native.MEDIA_TYPE: {
         "schema": {
@@ -151,6 +181,7 @@ async def chat(
     body: ChatRequest,
     parts: PartsOfApp,
     watching: WhileResponding,
+    webhook: WebhookUrl,
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
     idempotency_key: Annotated[
         str,
@@ -169,9 +200,13 @@ async def chat(
     """
     if parts.hub.redis_away:
         return redis_away()  # At once: a Redis that hangs would cost each caller a time limit.
-    request, digest = body.to_stored(body.recovery)
+    request, digest = body.to_stored(body.recovery, webhook=webhook)
     created = await parts.log.create(
-        request, recovery=body.recovery, idempotency_key=idempotency_key, digest=digest
+        request,
+        recovery=body.recovery,
+        idempotency_key=idempotency_key,
+        digest=digest,
+        webhook=webhook,
     )
     stream_id = created.stream_id
     logger.info("stream_created", stream=stream_id, repeated=created.repeated)

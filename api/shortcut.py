@@ -89,6 +89,8 @@ def _ask(received: list[Message], scope: Scope) -> Route | None:
     idempotency_key = headers.get("idempotency-key", "")
     if on_disconnect not in {"continue", "cancel"} or len(idempotency_key) > routes.LONGEST_KEY:
         return None
+    if "x-webhook-url" in headers:
+        return None
     try:
         body = ChatRequest.model_validate_json(b"".join(each.get("body", b"") for each in received))
     except ValidationError:
@@ -96,6 +98,7 @@ def _ask(received: list[Message], scope: Scope) -> Route | None:
     return partial(
         routes.chat,
         body,
+        webhook="",
         accept=headers.get("accept", "*/*"),
         idempotency_key=idempotency_key,
         x_on_disconnect="cancel" if on_disconnect == "cancel" else "continue",

@@ -26,5 +26,11 @@ def is_stream_id(text: str) -> bool:
     return raw[16:] == _check(raw[:16])
 
 
+def alias_of(stream_id: str) -> str:
+    """24 hexadecimal digits for where others keep an id and send it about: the same each time, and
+    no way back. Whoever has the id itself may read the stream, cancel and erase it."""
+    return hashlib.sha256(stream_id.encode()).hexdigest()[:24]
+
+
 def _check(random: bytes) -> bytes:
     return hashlib.blake2s(random, digest_size=4, person=b"relay-id").digest()

@@ -3,13 +3,14 @@
 | key | type | holds |
 |---|---|---|
 | relay:{id}:log | stream | the events of one stream, entry ids `<attempt>-<seq>` |
-| relay:{id}:state | hash | attempt, next, claims, tries, owner, request, cancel, ended, … |
+| relay:{id}:state | hash | attempt, next, claims, tries, owner, request, webhook, cancel, … |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
 | relay:chat:{chat id} | string | id of the stream that last began to answer there |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
+| relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | string | written now and then, to see whether Redis takes anything in |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
@@ -25,6 +26,7 @@ from arq.constants import job_key_prefix
 
 QUEUE = "relay:queue"
 LEASES = "relay:leases"
+WEBHOOKS = "relay:webhooks"
 SWEPT = "relay:swept"
 PROBE = "relay:probe"
 WAKE = "relay:wake"

@@ -101,12 +101,14 @@ class Log:
         recovery: Recovery = "restart",
         idempotency_key: str = "",
         digest: str = "",
+        webhook: str = "",
     ) -> Created:
         """A new stream with its job in the queue, or nothing at all; under a new id, unless one was
         made for it already.
 
         `recovery` says what shall become of it if its worker dies after the first chunk: `restart`
-        begins the answer anew, `fail` ends the stream as interrupted.
+        begins the answer anew, `fail` ends the stream as interrupted. `webhook` is the URL to be
+        told when it has ended; empty for none.
 
         Raises QueueFull; IdempotencyConflict if the key came with another body before.
         """
@@ -132,6 +134,7 @@ class Log:
                 self._live_ms + self._retention_ms,
                 keys.state("%s"),
                 recovery,
+                webhook,
             ],
         )
         match verdict:
@@ -153,6 +156,7 @@ class Log:
         arguments: list[EncodableT] = [
             *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
             keys.LEASES,
+            keys.WEBHOOKS,
             self._retention_ms,
         ]
         for stream_id, attempt, owner, first, entries in batches:
@@ -235,6 +239,7 @@ class Log:
                 keys.LEASES,
                 keys.job(stream_id),
                 keys.QUEUE,
+                keys.WEBHOOKS,
             ],
             args=[stream_id, self._retention_ms, keys.CONTROL],
         )
@@ -252,6 +257,7 @@ class Log:
                 keys.LEASES,
                 keys.job(stream_id),
                 keys.QUEUE,
+                keys.WEBHOOKS,
             ],
             args=[stream_id, keys.CONTROL],
         )

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
 from relay.errors import ConfigurationError
+from relay.webhooks import Webhooks
 
 MIB = 1024 * 1024
 
@@ -56,6 +57,10 @@ class Settings(BaseSettings):
     system_prompt: str | None = Field(None, validation_alias="RELAY_SYSTEM_PROMPT")
     temperature: float | None = Field(None, ge=0, le=2, validation_alias="RELAY_TEMPERATURE")
     max_tokens: int | None = Field(None, ge=1, validation_alias="RELAY_MAX_TOKENS")
+
+    webhook_hosts: str = Field("", validation_alias="RELAY_WEBHOOK_HOSTS")
+    webhook_keys: SecretStr = Field(SecretStr(""), validation_alias="RELAY_WEBHOOK_SECRET")
+    webhook_private: bool = Field(False, validation_alias="RELAY_WEBHOOK_PRIVATE")
 
     queue_limit: int = Field(1000, ge=1, validation_alias="RELAY_QUEUE_LIMIT")
     concurrency: int = Field(100, ge=1, validation_alias="RELAY_CONCURRENCY")
@@ -137,6 +142,12 @@ class Settings(BaseSettings):
         if any(openai):
             return self._openai()
         return None
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Raises ConfigurationError, naming the variable."""
+        keys = self.webhook_keys.get_secret_value()
+        return Webhooks(self.webhook_hosts, keys, private=self.webhook_private)
 
     def _azure(self) -> UpstreamSettings:
         endpoint = _url("AZURE_OPENAI_ENDPOINT", self.azure_endpoint)

@@ -3,7 +3,9 @@
 import asyncio
 import os
 import subprocess
+import sys
 import time
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -21,14 +23,18 @@ from cli.redis_server import RedisServer, end_with_parent, find_redis_server
 from emulator.app import Emulator
 from emulator.script import prompt
 from emulator.serve import serve
+from relay import keys
 from relay.claim import Claim, Claims
 from relay.connection import connect
 from relay.events import Entry
 from relay.log import Appended, Batch, Log
 from relay.logs import configure_logs
 from relay.settings import Settings
+from tests.receiver import Names
 from worker.claiming import ClaimingWorker
 from worker.main import create_worker
+
+ROOT = Path(__file__).parent.parent
 
 
 def _variables() -> Iterator[str]:
@@ -171,6 +177,18 @@ async def running_api(settings: Settings) -> AsyncIterator[httpx2.AsyncClient]:
         await running
 
 
+async def make_due(redis: Redis, stream_id: str) -> None:
+    """As if the time until its webhook's next try, or the lease of this one, were over."""
+    await redis.zadd(keys.WEBHOOKS, {stream_id: 1}, xx=True)
+
+
+async def due_in_ms(redis: Redis, stream_id: str) -> float:
+    """How long it is until its webhook is tried; negative if it is not to be, or is due."""
+    seconds, micros = await redis.time()
+    due_ms: float = await redis.zscore(keys.WEBHOOKS, stream_id) or 0
+    return due_ms - (int(seconds) * 1000 + int(micros) / 1000)
+
+
 async def until_ready(http: httpx2.AsyncClient) -> None:
     async def ready() -> bool:
         return (await http.get("/readyz")).status_code == 200
@@ -196,6 +214,42 @@ async def running_worker(settings: Settings) -> AsyncIterator[ClaimingWorker]:
         running.cancel()
         await asyncio.wait([running])
         await worker.close()
+
+
+def worker_env(settings: Settings) -> dict[str, str]:
+    """What a worker process needs from its environment to be one of this stack."""
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "REDIS_URL": settings.redis_url,
+        "AZURE_OPENAI_ENDPOINT": str(settings.azure_endpoint),
+        "AZURE_OPENAI_KEY": "key",
+        "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
+    } | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
+
+
+@asynccontextmanager
+async def worker_process(
+    env: dict[str, str], tmp_path: Path, *arguments: str
+) -> AsyncIterator[Process]:
+    """`python -m worker` where no `.env` lies; killed if it still runs at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", *arguments, env=env, cwd=tmp_path, stderr=PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """What names lead to, in this process."""
+    names = Names()
+    monkeypatch.setattr("socket.getaddrinfo", names.getaddrinfo)
+    return names
 
 
 @pytest.fixture

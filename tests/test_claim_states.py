@@ -25,6 +25,7 @@ from relay.claim import Claim
 from relay.errors import StreamGone, StreamLost
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Entry, Event, entry
 from relay.log import Recovery
+from relay.outbox import Outbox
 from tests.conftest import append, make_claims, make_log
 
 T = TypeVar("T")
@@ -44,11 +45,14 @@ class Expected:
     begun: bool = False
     """Whether the newest claim has written anything, so that viewers know of it."""
     holder: Claim | None = None
-    until_ms: int = 0
+    until_ms: float = 0
+    """On half a millisecond, if it is the one turn more that an outage of all sweeps gives."""
     cancel_asked: bool = False
     ended: str = ""
     erased: bool = False
     expired: bool = False
+    webhook: bool = False
+    """Whether somebody is still to be told when it has ended."""
     kinds: list[str] = field(default_factory=lambda: ["queued"])
 
     @property
@@ -101,6 +105,7 @@ class Streams(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.redis = FakeAsyncRedis()
         self.log = make_log(self.redis, live_ms=10**9, retention_ms=10**9)
+        self.outbox = Outbox(self.redis)
         self.claims = {
             worker: make_claims(
                 self.redis,
@@ -127,13 +132,15 @@ class Streams(RuleBasedStateMachine):
         return repr([key async for key in self.redis.scan_iter()])
 
     async def _places(self) -> list[set[bytes]]:
-        return [set(await self.redis.zrange(key, 0, -1)) for key in (keys.QUEUE, keys.LEASES)]
+        places = (keys.QUEUE, keys.LEASES, keys.WEBHOOKS)
+        return [set(await self.redis.zrange(key, 0, -1)) for key in places]
 
-    @rule(target=streams, recovery=st.sampled_from(RECOVERIES))
-    def create(self, recovery: Recovery) -> str:
+    @rule(target=streams, recovery=st.sampled_from(RECOVERIES), webhook=st.booleans())
+    def create(self, recovery: Recovery, webhook: bool) -> str:
         self.now_ms += 1  # Within one millisecond the order of the queue is that of the random ids.
-        stream_id = self.run(self.log.create({}, recovery=recovery)).stream_id
-        self.expected[stream_id] = Expected(recovery)
+        creating = self.log.create({}, recovery=recovery, webhook="https://x" if webhook else "")
+        stream_id = self.run(creating).stream_id
+        self.expected[stream_id] = Expected(recovery, webhook=webhook)
         return stream_id
 
     @rule(target=writers, worker=st.sampled_from(WORKERS), want=st.integers(1, 2))
@@ -245,7 +252,8 @@ class Streams(RuleBasedStateMachine):
         held = {id_: each for id_, each in self.expected.items() if each.holder}
         if self.swept_ms is not None and self.now_ms - self.swept_ms > LEASE_MS / 2:
             for stream in held.values():  # Perhaps nobody could renew.
-                stream.until_ms = self.now_ms + LEASE_MS
+                if stream.until_ms % 1 == 0:
+                    stream.until_ms = self.now_ms + LEASE_MS + 0.5
         self.swept_ms = self.now_ms
         lapsed = {id_: each for id_, each in held.items() if each.until_ms <= self.now_ms}
         swept = self.run(self.claims[worker].sweep())
@@ -266,6 +274,17 @@ class Streams(RuleBasedStateMachine):
             stream.kinds.append(CANCELLED)
             stream.end(CANCELLED)
         assert status == (stream.ended or "cancelling")
+
+    @rule()
+    def tell(self) -> None:
+        """Of whatever is due somebody is told, and then no more."""
+        for delivery in self.run(self.outbox.take(9)):
+            stream = self.expected[delivery.stream_id]
+            assert stream.webhook
+            assert not stream.erased
+            assert delivery.kind == stream.ended == stream.kinds[-1]
+            self.run(self.outbox.settle(delivery.stream_id))
+            stream.webhook = False
 
     @precondition(lambda self: len(self.expected) > 2)  # Else little more could happen.
     @rule(stream_id=streams)
@@ -308,12 +327,20 @@ class Streams(RuleBasedStateMachine):
 
     @invariant()
     def each_open_stream_is_in_the_queue_or_in_the_leases(self) -> None:
-        queue, leases = self.run(self._places())
+        queue, leases, _ = self.run(self._places())
         streams = {stream_id.encode(): stream for stream_id, stream in self.expected.items()}
         expired = {id_ for id_, each in streams.items() if each.expired}
         waiting = {id_ for id_, each in streams.items() if each.open and not each.holder}
         assert queue - expired == waiting
         assert leases - expired == {id_ for id_, each in streams.items() if each.open} - waiting
+
+    @invariant()
+    def each_ended_stream_is_in_the_outbox_until_somebody_was_told(self) -> None:
+        _, _, outbox = self.run(self._places())
+        streams = {stream_id.encode(): stream for stream_id, stream in self.expected.items()}
+        expired = {id_ for id_, each in streams.items() if each.expired}
+        ended = {id_ for id_, each in streams.items() if each.ended and not each.erased}
+        assert outbox - expired == {id_ for id_ in ended if streams[id_].webhook}
 
 
 Streams.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

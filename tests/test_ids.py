@@ -3,7 +3,7 @@ from string import ascii_lowercase
 
 import pytest
 
-from relay.ids import is_stream_id, new_stream_id
+from relay.ids import alias_of, is_stream_id, new_stream_id
 
 ALPHABET = ascii_lowercase + "234567"
 # One that was handed out once: what a user kept must be known to every later version.
@@ -64,3 +64,8 @@ def test_two_swapped_characters_are_found(position: int) -> None:
 )
 def test_any_other_shape_is_refused(text: str) -> None:
     assert not is_stream_id(text)
+
+
+def test_an_alias_is_the_same_for_ever_and_does_not_hold_the_id() -> None:
+    assert alias_of(KEPT) == "257e13436c58f132d5f0c5ae"
+    assert re.fullmatch("[0-9a-f]{24}", alias_of(new_stream_id()))

@@ -48,9 +48,18 @@ def test_without_a_word_the_wait_doubles_half_of_it_by_chance(attempt: int, time
     assert delay_before(attempt, {}, 0.5) == pytest.approx(longest * 0.75)
 
 
-def test_the_doubling_ends_at_the_most() -> None:
-    assert delay_before(30, {}, 1) == MOST_SECONDS
-    assert delay_before(30, {}, 0) == MOST_SECONDS / 2
+@pytest.mark.parametrize("attempt", [30, 5000])
+def test_the_doubling_ends_at_the_most(attempt: int) -> None:
+    assert delay_before(attempt, {}, 1) == MOST_SECONDS
+    assert delay_before(attempt, {}, 0) == MOST_SECONDS / 2
+
+
+def test_other_bounds_hold_for_both_kinds_of_wait() -> None:
+    bounds = {"first_seconds": 5.0, "most_seconds": 600.0}
+    assert delay_before(2, {}, 1, **bounds) == 5
+    assert delay_before(3, {}, 1, **bounds) == 10
+    assert delay_before(30, {}, 1, **bounds) == 600
+    assert delay_before(2, {"retry-after": "601"}, 0, **bounds) == 600
 
 
 @pytest.mark.parametrize(

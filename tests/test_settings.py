@@ -201,6 +201,34 @@ def test_every_way_to_a_redis_is_allowed(monkeypatch: pytest.MonkeyPatch, url: s
     assert load(monkeypatch, {"REDIS_URL": url}).redis_url == url
 
 
+WEBHOOKS = {"RELAY_WEBHOOK_HOSTS": "hooks.test", "RELAY_WEBHOOK_SECRET": f"whsec_{'a' * 32}"}
+
+
+def test_webhooks_go_to_the_hosts_that_are_named_and_to_nobody_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not load_settings().webhooks.allowed
+    assert load(monkeypatch, WEBHOOKS).webhooks.target("https://hooks.test").host == "hooks.test"
+    private = load(monkeypatch, {"RELAY_WEBHOOK_PRIVATE": "1"}).webhooks
+    assert private.target("http://hooks.test").scheme == "http"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("RELAY_WEBHOOK_HOSTS", "https://hooks.test"),
+        ("RELAY_WEBHOOK_SECRET", ""),
+        ("RELAY_WEBHOOK_SECRET", "short"),
+    ],
+)
+def test_half_of_what_webhooks_need_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    settings = load(monkeypatch, WEBHOOKS | {variable: value})
+    with pytest.raises(ConfigurationError, match=variable):
+        _ = settings.webhooks
+
+
 def test_an_empty_variable_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(
         monkeypatch,
@@ -229,7 +257,8 @@ def test_a_changed_copy_has_its_own_upstream() -> None:
 
 
 def test_no_key_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load(monkeypatch, AZURE | {"OPENAI_API_KEY": "openai-secret"})
+    others = {"OPENAI_API_KEY": "openai-secret", "RELAY_WEBHOOK_SECRET": "webhook-secret"}
+    settings = load(monkeypatch, AZURE | others)
     printed = f"{settings!r} {settings} {settings.upstream!r} {settings.upstream}"
     assert "secret" not in printed
 

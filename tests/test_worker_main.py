@@ -1,10 +1,6 @@
 import asyncio
-import os
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +11,13 @@ from emulator.app import Emulator
 from relay import keys
 from relay.log import Log
 from relay.settings import Settings
-from tests.conftest import asking
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import asking, worker_env, worker_process
 
 
 @pytest.fixture
-def env(settings: Settings, emulator_url: str) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
-        "REDIS_URL": settings.redis_url,
-        "AZURE_OPENAI_ENDPOINT": emulator_url,
-        "AZURE_OPENAI_KEY": "key",
-        "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
-        "RELAY_LEASE_SECONDS": "60",
-        # At this the SDK would write every request it makes.
-        "OPENAI_LOG": "debug",
-    } | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
-
-
-@asynccontextmanager
-async def started(env: dict[str, str], tmp_path: Path, *arguments: str) -> AsyncIterator[Process]:
-    """`python -m worker` where no `.env` lies; killed if it still runs at the end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", *arguments, env=env, cwd=tmp_path, stderr=PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+def env(settings: Settings) -> dict[str, str]:
+    # At this level the SDK would write every request it makes.
+    return worker_env(settings) | {"RELAY_LEASE_SECONDS": "60", "OPENAI_LOG": "debug"}
 
 
 async def ended(process: Process, seconds: float = 30) -> tuple[int | None, str]:
@@ -83,7 +54,7 @@ async def test_half_a_configuration_ends_the_start_with_a_sentence_that_names_it
     ]
 
     async def outcome(change: dict[str, str]) -> tuple[int | None, str]:
-        async with started(env | change, tmp_path) as process:
+        async with worker_process(env | change, tmp_path) as process:
             return await ended(process, 30)
 
     # Side by side, for most of it is the start of Python.
@@ -100,7 +71,7 @@ async def test_an_idle_worker_ends_within_two_seconds_of_the_signal(
     number: int, redis: Redis, log: Log, env: dict[str, str], tmp_path: Path
 ) -> None:
     stream_id = await create(log, chunks=3, text=["the-marker"])
-    async with started(env, tmp_path) as process:
+    async with worker_process(env, tmp_path) as process:
         assert await status_when_ended(redis, log, stream_id) == "completed"
         process.send_signal(number)
         code, written = await ended(process, 2)
@@ -113,7 +84,7 @@ async def test_an_idle_worker_ends_within_two_seconds_of_the_signal(
 async def test_a_running_answer_is_finished_within_the_grace(
     redis: Redis, log: Log, env: dict[str, str], tmp_path: Path, emulator: Emulator
 ) -> None:
-    async with started(env, tmp_path) as process:
+    async with worker_process(env, tmp_path) as process:
         stream_id = await create(log, chunks=20, delay_ms=25)
         await emulator.request(0)
         process.terminate()
@@ -127,7 +98,7 @@ async def test_a_running_answer_is_finished_within_the_grace(
 async def test_what_outlasts_the_grace_is_handed_over_at_no_cost_of_a_try(
     grace: str, redis: Redis, log: Log, env: dict[str, str], tmp_path: Path, emulator: Emulator
 ) -> None:
-    async with started(env | {"RELAY_GRACE_SECONDS": grace}, tmp_path) as process:
+    async with worker_process(env | {"RELAY_GRACE_SECONDS": grace}, tmp_path) as process:
         ids = [await create(log, chunks=1, end="stall") for _ in range(20)]
         async with asyncio.timeout(10):
             await emulator.request(19)
@@ -145,21 +116,23 @@ async def test_what_outlasts_the_grace_is_handed_over_at_no_cost_of_a_try(
 async def test_the_check_tells_by_its_code_whether_a_worker_is_alive(
     redis: Redis, env: dict[str, str], tmp_path: Path
 ) -> None:
-    async with started(env, tmp_path, "check") as check:
+    async with worker_process(env, tmp_path, "check") as check:
         assert (await ended(check))[0] == 1
-    async with started(env, tmp_path) as process:
+    async with worker_process(env, tmp_path) as process:
         await ready(process)
         async with asyncio.timeout(5):
             while not await redis.keys("relay:health:*"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        async with started(env, tmp_path, "check") as check:
+        async with worker_process(env, tmp_path, "check") as check:
             assert await ended(check) == (0, "")
 
 
 async def test_the_check_without_redis_says_so_in_a_line(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    async with started(env | {"REDIS_URL": "redis://127.0.0.1:1"}, tmp_path, "check") as check:
+    async with worker_process(
+        env | {"REDIS_URL": "redis://127.0.0.1:1"}, tmp_path, "check"
+    ) as check:
         code, written = await ended(check)
     assert code == 1
     assert "Traceback" not in written
@@ -168,7 +141,7 @@ async def test_the_check_without_redis_says_so_in_a_line(
 async def test_a_worker_that_starts_before_redis_waits_for_it(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    async with started(env | {"REDIS_URL": "redis://127.0.0.1:1"}, tmp_path) as process:
+    async with worker_process(env | {"REDIS_URL": "redis://127.0.0.1:1"}, tmp_path) as process:
         assert process.stderr is not None
         async with asyncio.timeout(10):
             while b"claim_failed" not in await process.stderr.readline():

@@ -24,6 +24,7 @@ from relay import keys
 from relay.claim import Claim, Claims
 from relay.listener import Listener
 from relay.logs import get_logger
+from worker.deliveries import Deliveries
 
 logger = get_logger("worker")
 
@@ -57,6 +58,7 @@ class ClaimingWorker(Worker):
         lease_seconds: float,
         concurrency: int,
         grace_seconds: float,
+        deliveries: Deliveries,
         ctx: dict[str, Any],
         health_check_key: str,
         on_shutdown: StartupShutdown,
@@ -78,6 +80,8 @@ class ClaimingWorker(Worker):
         self._claims = claims
         self._patient_redis = patient_redis
         self._lease_seconds = lease_seconds
+        self._deliveries = deliveries
+        self._delivering: asyncio.Task[None] | None = None
         self._held: dict[str, Job] = {}
         self._slot_free = asyncio.Event()
         self._intake: asyncio.Task[None] | None = None
@@ -93,12 +97,14 @@ class ClaimingWorker(Worker):
             sweep_seconds = min(SWEEP_SECONDS, self._lease_seconds / 10)
             group.create_task(self._every(sweep_seconds, self._sweep))
             group.create_task(self._every(HEALTH_SECONDS, self._report_health))
+            self._delivering = group.create_task(self._deliveries.run())
 
     def handle_sig_wait_for_completion(self, signum: Signals) -> None:
         """Take nothing more from this moment on, and let what runs end within the grace."""
         if not self.allow_pick_jobs:
             self.handle_sig(signum)  # Whoever asks twice does not want to wait.
             return
+        self._finish_deliveries()
         super().handle_sig_wait_for_completion(signum)
         if self._waiting and self._intake is not None:
             # It would go on waiting for a token, and take it from those who go on.
@@ -118,6 +124,13 @@ class ClaimingWorker(Worker):
             await self.on_shutdown(self.ctx)
         await self.pool.aclose(close_connection_pool=True)
         await self._patient_redis.aclose(close_connection_pool=True)
+
+    def _finish_deliveries(self) -> None:
+        """arq waits for its tasks, and so for what is under way to whoever is told of an end."""
+        self._deliveries.stop()
+        if self._delivering is not None and not self._delivering.done():
+            self.tasks["deliveries"] = self._delivering
+            self._delivering.add_done_callback(lambda _: self.tasks.pop("deliveries"))
 
     async def _take_jobs(self) -> None:
         while self.allow_pick_jobs:
@@ -175,6 +188,7 @@ class ClaimingWorker(Worker):
                 del self._held[claim.stream_id]
             del self.tasks[claim.owner + claim.stream_id]
             self._slot_free.set()
+            self._deliveries.wake()
 
     async def _hand_over(self, claim: Claim) -> None:
         try:
@@ -204,9 +218,12 @@ class ClaimingWorker(Worker):
     async def _sweep(self) -> None:
         for stream_id, ended in await self._claims.sweep():
             logger.warning("lease_lapsed", stream=stream_id, ended=ended or None)
+            self._deliveries.wake()
 
     def _obey(self, _: str, message: bytes) -> None:
         order, _, stream_id = message.decode().partition(" ")
+        if order == "erase":
+            self._deliveries.forget(stream_id)
         job = self._held.get(stream_id)
         if job is None:
             return

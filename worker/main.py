@@ -10,9 +10,11 @@ from arq.worker import func
 from relay.claim import Claims
 from relay.connection import connect
 from relay.log import JOB, Log
+from relay.outbox import Outbox
 from relay.settings import Settings
 from worker.appender import Appender
 from worker.claiming import POLL_SECONDS, ClaimingWorker, Job
+from worker.deliveries import Deliveries
 from worker.generation import Generation
 from worker.health import health_key
 from worker.upstream import Upstream
@@ -46,6 +48,7 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
         lease_seconds=settings.lease_seconds,
         concurrency=settings.concurrency,
         grace_seconds=settings.grace_seconds,
+        deliveries=Deliveries(Outbox(redis), settings.webhooks),
         ctx={
             "settings": settings,
             "appender": Appender(Log.configured(redis, settings)),

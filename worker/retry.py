@@ -1,16 +1,25 @@
-"""How long to wait before asking the upstream again. Pure."""
+"""How long to wait before asking another server again. Pure."""
 
 from collections.abc import Mapping
 
 FIRST_SECONDS = 0.5
 MOST_SECONDS = 20.0
-"""More than this nobody waits for a first word: a longer Retry-After is cut to it."""
+"""For the upstream. More than this nobody waits for a first word: a longer Retry-After is cut."""
+_DOUBLINGS = 64
+"""Enough for any wait to be the longest, and few enough for a float to hold."""
 
 
-def delay_before(attempt: int, headers: Mapping[str, str], chance: float) -> float:
+def delay_before(
+    attempt: int,
+    headers: Mapping[str, str],
+    chance: float,
+    *,
+    first_seconds: float = FIRST_SECONDS,
+    most_seconds: float = MOST_SECONDS,
+) -> float:
     """Seconds before attempt number `attempt`, 2 being the first retry; `chance` from 0 to 1.
 
-    What the upstream asks for is kept, and up to a fifth is added so that the workers which were
+    What the other server asks for is kept, and up to a fifth is added so that those who were
     refused together do not come back together. Without its word, the wait doubles, half of it by
     chance.
     """
@@ -18,8 +27,8 @@ def delay_before(attempt: int, headers: Mapping[str, str], chance: float) -> flo
     if asked is None:
         asked = _seconds(headers, "retry-after", 1)
     if asked is not None:
-        return min(asked * (1 + 0.2 * chance), MOST_SECONDS)
-    ceiling: float = min(FIRST_SECONDS * 2 ** (attempt - 2), MOST_SECONDS)
+        return min(asked * (1 + 0.2 * chance), most_seconds)
+    ceiling: float = min(first_seconds * 2 ** min(attempt - 2, _DOUBLINGS), most_seconds)
     return ceiling * (0.5 + 0.5 * chance)
 
 

@@ -8,7 +8,6 @@ This wire cannot take back what it said. A new attempt closes the items of the o
 of the response is that of the newest attempt alone.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from relay.events import (
     join_text,
     to_json,
 )
+from relay.ids import alias_of
 
 MEDIA_TYPE = "text/event-stream"
 _END = b"\n\n"
@@ -67,9 +67,8 @@ class Born:
         return f"resp_{self.stream_id}"
 
     def item_id(self, prefix: str, index: int) -> str:
-        """The same in every replay. Clients send items about, so the stream's id is not in it:
-        whoever has that may read the stream, cancel and erase it."""
-        return f"{prefix}_{hashlib.sha256(self.stream_id.encode()).hexdigest()[:24]}_{index}"
+        """The same in every replay."""
+        return f"{prefix}_{alias_of(self.stream_id)}_{index}"
 
 
 def fold(born: Born, events: Iterable[Event]) -> Chunk:

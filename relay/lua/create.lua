@@ -1,11 +1,11 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
 -- KEYS: log, state, job, queue, wake, idempotency
 -- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms,
---       state key pattern, recovery
+--       state key pattern, recovery, webhook or ''
 -- Returns {'created', id} | {'repeated', id} | {'conflict'} | {'full'}
 local log, state, job, queue, wake, idempotency = unpack(KEYS)
-local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms, state_of, recovery =
-  unpack(ARGV)
+local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms, state_of, recovery,
+  webhook = unpack(ARGV)
 
 if key ~= '' then
   local known = redis.call('HMGET', idempotency, 'id', 'digest')
@@ -21,6 +21,7 @@ local now = now_ms()
 redis.call('XADD', log, '0-1', 'queued', '{}')
 redis.call('HSET', state, 'request', request, 'recovery', recovery, 'created_ms', now, 'attempt', 0,
   'next', 2, 'claims', 0, 'tries', 0)
+if webhook ~= '' then redis.call('HSET', state, 'webhook', webhook) end
 redis.call('SET', job, job_data, 'PX', live_ms)
 if key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'digest', digest)

@@ -1,8 +1,8 @@
 -- Erased means erased: nothing with this id remains.
--- KEYS: log, state, viewers, leases, job, queue
+-- KEYS: log, state, viewers, leases, job, queue, webhooks
 -- ARGV: id, control channel
 -- Returns 1, or 0 if nothing was there
-local log, state, viewers, leases, job, queue = unpack(KEYS)
+local log, state, viewers, leases, job, queue, webhooks = unpack(KEYS)
 local id, control = unpack(ARGV)
 
 -- Its Idempotency-Key may lead to a younger stream by now.
@@ -12,5 +12,6 @@ local there = redis.call('DEL', log, state)
 redis.call('DEL', viewers, job)
 redis.call('ZREM', leases, id)
 redis.call('ZREM', queue, id)
+redis.call('ZREM', webhooks, id)
 redis.call('PUBLISH', control, 'erase ' .. id)
 return there > 0 and 1 or 0

@@ -1,10 +1,10 @@
 -- Lets go of claims: of the one that its owner hands over, or of all whose lease has lapsed. Their
 -- jobs go back into the queue; what nobody will finish is ended here.
--- KEYS: queue, leases, wake, sweep mark
+-- KEYS: queue, leases, wake, sweep mark, webhooks
 -- ARGV: log, state, channel and job key pattern, wake limit, retention_ms, lease_ms, max tries,
 --       data of `failed`, then id and owner of the one handed over, or nothing
 -- Returns {id, kind} for each stream let go; kind is that of its terminal event, '' if it waits
-local queue, leases, wake, mark = unpack(KEYS)
+local queue, leases, wake, mark, webhooks = unpack(KEYS)
 local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tries, interrupted,
   handed_id, handed_owner = unpack(ARGV)
 local now = now_ms()
@@ -48,7 +48,7 @@ local function release(id)
     return { id, '' }
   end
   close_unowned(id, string.format(log_of, id), state, string.format(channel_of, id), leases,
-    string.format(job_of, id), retention_ms, kind, data)
+    string.format(job_of, id), webhooks, retention_ms, kind, data)
   return { id, kind }
 end
 
