@@ -12,7 +12,7 @@ from relay.logs import get_logger
 
 logger = get_logger("appender")
 
-PAUSE_SECONDS = 0.001
+PAUSE_SECONDS = 0.0
 """From one call to the next: a thousand chunks a second, or a hundred thousand, cost no more calls
 than that. A chunk that comes after a pause goes at once."""
 ENTRIES_AT_ONCE = 1000

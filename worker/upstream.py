@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -56,14 +56,16 @@ class Upstream:
         """The chunks of the answer as the upstream sent them, to its [DONE]: each as its JSON, and
         together those that came together.
 
-        Closing the iterator closes the connection. Raises UpstreamError.
+        Take them without waiting for anything else in between: how long the upstream is silent is
+        counted in the task that takes. Closing the iterator closes the connection. Raises
+        UpstreamError.
         """
         body = self._body(request)
         for attempt in range(1, self._settings.upstream_tries + 1):
             begun = False
             try:
-                async with aclosing(self._ask(body)) as pieces:
-                    async for chunks in self._timed(pieces):
+                async with aclosing(self._ask(body)) as answer:
+                    async for chunks in answer:
                         if not begun:
                             parse(chunks[0])  # An error in its place is asked again.
                         begun = True
@@ -87,24 +89,16 @@ class Upstream:
             stream=True,
             stream_cls=AsyncStream[object],
         )
-        decoder = Decoder()
-        async with await asked as stream:
-            if not stream.response.headers.get("content-type", "").startswith(MEDIA_TYPE):
-                raise Garbled
+        decoder, loop = Decoder(), asyncio.get_running_loop()
+        async with (
+            asyncio.timeout(self._settings.first_chunk_seconds) as limit,
+            await asked as stream,
+        ):
             # Past [DONE], to the end of the body: so the connection can be used again.
-            async for piece in stream.response.aiter_bytes():
+            async for piece in _body_of(stream.response):
                 if chunks := [data for data in decoder.feed(piece) if data != DONE]:
                     yield chunks
-
-    async def _timed(self, pieces: AsyncIterator[list[bytes]]) -> AsyncIterator[list[bytes]]:
-        seconds = self._settings.first_chunk_seconds
-        while True:
-            async with asyncio.timeout(seconds):
-                chunks = await anext(pieces, None)
-            if chunks is None:
-                return
-            yield chunks
-            seconds = self._settings.stall_seconds
+                    limit.reschedule(loop.time() + self._settings.stall_seconds)
 
     def _body(self, request: dict[str, Any]) -> dict[str, Any]:
         """The caller's fields, the server's defaults where it left them out, and what is asked of,
@@ -166,6 +160,17 @@ def _token_provider(upstream: UpstreamSettings) -> Any:
             "AZURE_OPENAI_ENTRA needs the extra: pip install 'chat-relay[entra]'."
         ) from None
     return get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
+
+
+def _body_of(response: httpx2.Response) -> AsyncIterator[bytes]:
+    if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+        raise Garbled
+    if "content-encoding" in response.headers:
+        return response.aiter_bytes()
+    # The same without two generators between, through which each chunk would have to go.
+    stream = response.stream
+    assert isinstance(stream, AsyncIterable)  # noqa: S101
+    return aiter(stream)
 
 
 _FAILURES = (

@@ -25,16 +25,17 @@ local function next_attempt(state)
 end
 
 -- One atom: entries with explicit ids, their publication, and their place noted in the state.
--- `entries` alternates kind and data. NOMKSTREAM: an erased log stays erased.
+-- `entries` alternates kind and data. NOMKSTREAM: an erased log stays erased; then it returns false.
 local function append(log, state, channel, attempt, first, entries)
   local lines = { attempt .. '-' .. first }
   for i = 1, #entries, 2 do
     local id = attempt .. '-' .. (first + (i - 1) / 2)
-    redis.call('XADD', log, 'NOMKSTREAM', id, entries[i], entries[i + 1])
+    if not redis.call('XADD', log, 'NOMKSTREAM', id, entries[i], entries[i + 1]) then return false end
     lines[#lines + 1] = entries[i] .. ' ' .. entries[i + 1]
   end
   redis.call('HSET', state, 'next', first + #entries / 2)
   redis.call('PUBLISH', channel, table.concat(lines, '\n'))
+  return true
 end
 
 -- Closure is data: noted with the last append, and everything that is no longer needed goes. That

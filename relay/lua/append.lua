@@ -15,7 +15,7 @@ local function append_for(at)
   local log, state = string.format(log_of, id), string.format(state_of, id)
 
   local s = redis.call('HMGET', state, 'attempt', 'next', 'ended', 'cancel', 'owner')
-  if not s[1] or redis.call('EXISTS', log) == 0 then return { 'erased', 0, 0 } end
+  if not s[1] then return { 'erased', 0, 0 } end
   -- The owner stays noted on a stream that it closed: it may ask once more whether that stands.
   if s[1] ~= attempt or s[5] ~= owner then return { 'fenced', 0, 0 } end
   local top = tonumber(s[2])
@@ -24,7 +24,9 @@ local function append_for(at)
   if top < first or top >= first + count then return { 'ok', top, cancel } end
 
   local entries = { unpack(ARGV, at + 6 + 2 * (top - first), at + 5 + 2 * count) }
-  append(log, state, string.format(channel_of, id), attempt, top, entries)
+  if not append(log, state, string.format(channel_of, id), attempt, top, entries) then
+    return { 'erased', 0, 0 }
+  end
   if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
   if ending ~= '' then
     local job = string.format(job_of, id)
