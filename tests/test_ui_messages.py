@@ -132,13 +132,17 @@ def test_a_text_is_opened_at_its_first_word_and_closed_before_the_end() -> None:
     ]
 
 
-def test_reasoning_stands_apart_from_the_text_wherever_it_comes() -> None:
+@pytest.mark.parametrize(
+    "names", [["reasoning_content"], ["reasoning"], ["reasoning", "reasoning_content"]]
+)
+def test_reasoning_stands_apart_from_the_text_wherever_it_comes(names: list[str]) -> None:
+    hm, so = dict.fromkeys(names, "hm"), dict.fromkeys(names, "so")
     deltas: list[Part] = [
-        {"reasoning_content": "hm", "content": ""},
-        {"reasoning_content": "hm", "content": ""},
+        {**hm, "content": ""},
+        {**hm, "content": ""},
         {"content": "a"},
         {"content": "a"},
-        {"reasoning_content": "so", "content": None},
+        {**so, "content": None},
         {"content": "b"},
     ]
     shown = put_together(whole(spoken(*deltas)))

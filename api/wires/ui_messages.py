@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from relay.chunks import Chunk, Expander
+from relay.chunks import Chunk, Expander, reasoning_of
 from relay.events import CANCELLED, COMPLETED, STARTED, TEXT, Event, join_text, to_json
 
 MEDIA_TYPE = "text/event-stream"
@@ -102,7 +102,7 @@ class _Encoder:
         for choice in chunk.get("choices") or ():
             if choice.get("index", 0) == 0:
                 delta = choice.get("delta") or {}
-                yield from self._say("reasoning", delta.get("reasoning_content"))
+                yield from self._say("reasoning", reasoning_of(delta))
                 yield from self._say("text", delta.get("content"))
                 yield from self._say("text", delta.get("refusal"))
                 for piece in delta.get("tool_calls") or ():
