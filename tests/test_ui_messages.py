@@ -161,6 +161,13 @@ def test_a_text_that_always_comes_with_reasoning_keeps_both() -> None:
     assert [part["text"] for part in shown if part["kind"] == "text"] == ["t", "t", "t"]
 
 
+@pytest.mark.parametrize(("finish", "told"), [("stop", "content-filter"), ("length", "length")])
+def test_a_refusal_finishes_as_the_sdks_own_providers_finish_it(finish: str, told: str) -> None:
+    parts = whole(spoken({"content": "Well. "}, {"refusal": "No."}, finish=finish))
+    assert [part["text"] for part in put_together(parts)] == ["Well. No."]
+    assert parts[-1] == {"type": "finish", "finishReason": told}
+
+
 def test_a_tool_may_be_run_only_when_the_answer_stands() -> None:
     entries, end = attempt(spoken(call("c", "f", '{"a":'), call("c", "f", "1}")))
     before = written(numbered(entries))
