@@ -171,6 +171,16 @@ async def test_logprobs_are_there_if_asked_for(azure: AsyncAzureOpenAI) -> None:
     assert len(logprobs.content[0].top_logprobs) == 2
 
 
+async def test_reasoning_comes_in_pieces_before_the_text(openai: AsyncOpenAI) -> None:
+    chunks = await ask(openai, prompt(reasoning="So then.", chunks=1))
+    deltas = [chunk.model_dump(exclude_unset=True)["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[1:4] == [
+        {"reasoning_content": "So t"},
+        {"reasoning_content": "hen."},
+        {"content": "0 "},
+    ]
+
+
 async def test_a_refusal_comes_in_pieces_and_without_text(azure: AsyncAzureOpenAI) -> None:
     chunks = await ask(azure, prompt(refusal="I cannot help with that."))
     pieces = [chunk.choices[0].delta.refusal or "" for chunk in chunks if chunk.choices]
