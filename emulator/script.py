@@ -58,6 +58,9 @@ class Script:
     first_ms: Milliseconds = 0
     delay_ms: Milliseconds = 0
     jitter_ms: Milliseconds = 0
+    hold_after: Count | None = None
+    """Nothing more after so many pieces until `POST /emulator/release/KEY`, which counts for every
+    request with this `key`."""
 
     # An HTTP error instead: for ever, or `status_times` times for one `key`.
     status: Annotated[int, Field(ge=400, le=599)] | None = None

@@ -229,6 +229,22 @@ async def test_labels_say_which_request_each_piece_answers_also_after_a_refused_
     ]
 
 
+async def test_what_is_held_goes_on_when_its_key_is_released_and_later_requests_are_not_held(
+    openai: AsyncOpenAI, emulator: Emulator, url: str
+) -> None:
+    asked = prompt(chunks=5, hold_after=3, key="a b")
+    other = await opened(openai, prompt(chunks=2, hold_after=1, key="c"))
+    stream = await opened(openai, asked)
+    chunks = [await anext(stream) for _ in range(4)]
+    assert (text_of(chunks), emulator.requests[-1].sent) == ("0 1 2 ", 3)
+    async with httpx2.AsyncClient() as http:
+        await http.post(f"{url}/emulator/release/a b")
+    assert text_of(chunks + [chunk async for chunk in stream]) == "0 1 2 3 4 "
+    assert text_of(await ask(openai, asked)) == "0 1 2 3 4 "
+    assert emulator.requests[0].outcome is None
+    await other.close()
+
+
 async def test_the_journal_forgets_its_oldest_requests_but_not_how_many_there_were() -> None:
     async with (
         serve(Emulator(journal=2)) as url,
