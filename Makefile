@@ -13,8 +13,8 @@ up: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
-# Needs Node 20 or newer, with npm.
-test-clients: $(VENV)/installed-dev
+# Needs Node 20 or newer, with npm, and Chromium.
+test-clients: $(VENV)/installed-browser
 	cd tests/clients && npm ci --no-audit --no-fund --loglevel=error
 	$(BIN)/python -m pytest -m clients
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from api import ai_sdk, chat_completions, page, problems, responses, webhook
+from api import ai_sdk, chat_completions, openai_errors, page, problems, responses, webhook
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.presence import Presence
@@ -82,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.cors_origins = settings.cors_origins
-    problems.install(app)
+    problems.install(app, {"/v1/": openai_errors.refusal, "/api/": ai_sdk.refusal})
     app.include_router(router)
     app.include_router(chat_completions.router)
     app.include_router(responses.router)

@@ -1,5 +1,6 @@
 """Errors on the native API: RFC 9457 problem+json with a stable `code`."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,6 +63,9 @@ TITLES = {
 }
 
 
+Refusal = Callable[[int, str, str], Response]
+
+
 class Problem(BaseModel):
     """The body of every error."""
 
@@ -100,8 +104,8 @@ def status_of(error: RelayError) -> int:
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
-def answer_to(error: Exception) -> Response:
-    """Whatever has gone wrong, as a problem."""
+def answer_to(error: Exception, refuse: Refusal = problem) -> Response:
+    """Whatever has gone wrong, as a problem; a fault of ours in the shape that `refuse` gives."""
     match error:
         case RelayError():
             return problem_for(error)
@@ -110,7 +114,7 @@ def answer_to(error: Exception) -> Response:
             return redis_away()
         case _:
             logger.error("internal_error", exc_info=error)
-            return problem(500, "internal", "This is a fault of the server; its log says more.")
+            return refuse(500, "internal", "This is a fault of the server; its log says more.")
 
 
 def problem_for(error: RelayError) -> Response:
@@ -156,20 +160,27 @@ def described(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the application as a problem."""
+def install(app: FastAPI, others: Mapping[str, Refusal]) -> None:
+    """Answer every error of the application as a problem; under the path of another API, for which
+    `others` has a function of status, code and detail, in the shape of that one."""
 
-    async def on_error(_: Request, error: Exception) -> Response:
-        return answer_to(error)
+    def shape_of(request: Request) -> Refusal:
+        path = request.url.path
+        shapes = (shape for prefix, shape in others.items() if path.startswith(prefix))
+        return next(shapes, problem)
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return answer_to(error, shape_of(request))
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101
         return _invalid(error, request.headers.get("content-type", ""))
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
-        response = problem(error.status_code, code, detail or str(error.detail))
+        refuse = shape_of(request)
+        response = refuse(error.status_code, code, detail or str(error.detail))
         response.headers.update(error.headers or {})
         return response
 

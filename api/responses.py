@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed
@@ -166,6 +167,17 @@ async def create(
     return await _ended(request, parts, feed, born, on_leave)
 
 
+class Retrieval(BaseModel):
+    """The query of a retrieval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stream: bool = False
+    starting_after: int = Field(
+        -1, ge=-1, description="The `sequence_number` of the last event that you have."
+    )
+
+
 @router.get(
     "/{response_id}", summary="Look at a response", response_class=Response, responses=_ANSWERS
 )
@@ -173,18 +185,15 @@ async def retrieve(
     stream_id: StreamId,
     parts: PartsOfApp,
     watching: WhileResponding,
-    stream: bool = False,
-    starting_after: Annotated[
-        int, Query(ge=-1, description="The `sequence_number` of the last event that you have.")
-    ] = -1,
+    how: Annotated[Retrieval, Query()],
 ) -> Response:
     """The response as it is now; with `stream` its events from the first one on, or strictly after
     `starting_after`, then live."""
-    if not stream:
+    if not how.stream:
         return await _now(parts, stream_id)
     feed = await watching.feed(stream_id)
     born = await _born(parts, stream_id)
-    return ResponseViewer(parts, feed, born, skip=starting_after + 1)
+    return ResponseViewer(parts, feed, born, skip=how.starting_after + 1)
 
 
 @router.post(

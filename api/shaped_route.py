@@ -7,7 +7,6 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from redis.exceptions import RedisError
-from starlette.exceptions import HTTPException
 
 from api.problems import REDIS_AWAY_DETAIL, status_of
 from relay.errors import RelayError
@@ -38,7 +37,5 @@ class ShapedRoute(APIRoute):
                 return self.refuse(503, "redis_away", REDIS_AWAY_DETAIL)
             except RequestValidationError as failure:
                 return self.refuse_invalid(failure)
-            except HTTPException as failure:
-                return self.refuse(failure.status_code, "invalid_request", str(failure.detail))
 
         return handle_or_refuse

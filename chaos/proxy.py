@@ -142,7 +142,9 @@ class _Link:
 def _close(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     """Let both ends know: by FIN after what was written, or at once by RST."""
     if reset:
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        with suppress(OSError):  # It may have ended by itself meanwhile.
+            peer = writer.get_extra_info("socket")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         writer.transport.abort()
     else:
         writer.close()

@@ -152,15 +152,24 @@ class Stack:
     """`begun` is the time.monotonic() at which all was ready; `complaints` are those of the
     processes, each with its time, the process' name and a sentence."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        apis: int = APIS,
+        workers: int = WORKERS,
+        settings: Mapping[str, str] = SETTINGS,
+    ) -> None:
         self.folder = folder
+        self.settings = settings
         self.redis_binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
         self.redis_data = folder / "redis"
         self.redis_port = _free_port()
         self.redis_url = f"redis://127.0.0.1:{self.redis_port}/0"
         self.complaints: list[tuple[float, str, str]] = []
-        self.urls = [f"http://127.0.0.1:{_free_port()}" for _ in range(APIS)]
+        self.urls = [f"http://127.0.0.1:{_free_port()}" for _ in range(apis)]
         self.upstream_url = f"http://127.0.0.1:{_free_port()}"
+        self._workers = workers
         self.apis: list[Child] = []
         self.workers: list[Child] = []
         self.redis = self._child("redis", self._redis_argv(), {}, _answers_ping(self.redis_url))
@@ -175,7 +184,7 @@ class Stack:
         self.redis_data.mkdir()
         async with AsyncExitStack() as leaving:
             redis = await leaving.enter_async_context(connect(self.redis_url))
-            for number in range(APIS + WORKERS):
+            for number in range(len(self.urls) + self._workers):
                 proxy = await leaving.enter_async_context(Proxy(self.redis_port))
                 self._add(number, proxy, http)
             runs = [asyncio.create_task(child.run()) for child in self.children]
@@ -203,13 +212,13 @@ class Stack:
 
     def _add(self, number: int, proxy: Proxy, http: httpx2.AsyncClient) -> None:
         env = {"REDIS_URL": f"redis://127.0.0.1:{proxy.port}/0"}
-        if number < APIS:
+        if number < len(self.urls):
             url = self.urls[number]
             env["RELAY_PORT"] = url.rpartition(":")[2]
             ready = _answers_http(http, f"{url}/readyz")
             self.apis.append(self._child(f"api-{number + 1}", module("api"), env, ready, proxy))
         else:
-            name = f"worker-{number - APIS + 1}"
+            name = f"worker-{number - len(self.urls) + 1}"
             ready = _says("worker_ready")
             self.workers.append(self._child(name, module("worker"), env, ready, proxy))
 
@@ -221,7 +230,7 @@ class Stack:
         is_ready: Callable[[Child], Awaitable[bool]],
         proxy: Proxy | None = None,
     ) -> Child:
-        env = {**_outside(), **SETTINGS, "AZURE_OPENAI_ENDPOINT": self.upstream_url, **env}
+        env = {**_outside(), **self.settings, "AZURE_OPENAI_ENDPOINT": self.upstream_url, **env}
         return Child(
             name,
             argv,

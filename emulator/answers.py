@@ -119,6 +119,8 @@ class Answer:
         }
         if calls:
             message["tool_calls"] = calls
+        if self.script.reasoning:
+            message["reasoning_content"] = self.script.reasoning
         finish = "content_filter" if self.script.late_filter == "blocked" else self.script.finish
         choices = [
             self._choice(index, "message", message, finish, _SAFE)

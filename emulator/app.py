@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +20,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Outcome = Literal["completed", "disconnected", "failed"]
+_Events = defaultdict[str, asyncio.Event]
 
 RESET = "emulator.reset"
 """The extension in the scope through which the server offers to reset the connection."""
@@ -27,6 +28,7 @@ RESET = "emulator.reset"
 _CLASSIC = re.compile(r"/openai/deployments/([^/]+)/chat/completions")
 _AZURE_V1 = "/openai/v1/chat/completions"
 _OPENAI = "/v1/chat/completions"
+_RELEASE = "/emulator/release/"
 _BATCH = 16
 """Chunks without a pause share a write, but not so many that one stream starves the loop."""
 
@@ -78,12 +80,17 @@ class Emulator:
         self.total = 0
         self._arrived = asyncio.Event()
         self._refusals: Counter[str] = Counter()
+        self._released: _Events = defaultdict(asyncio.Event)
 
     async def request(self, number: int) -> Record:
         """The chat request `number`, counted from 0, as soon as it has come."""
         while self.total <= number:
             await self._arrived.wait()
         return self.requests[number - self.total]
+
+    def release(self, key: str) -> None:
+        """Let what is held, and what comes with this key, go on to its end."""
+        self._released[key].set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -92,6 +99,9 @@ class Emulator:
                 await _reply(send, 200, {"status": "ok"})
             case "GET" if path == "/emulator/requests":
                 await _reply(send, 200, [record.public() for record in self.requests])
+            case "POST" if path.startswith(_RELEASE):
+                self.release(path.removeprefix(_RELEASE))
+                await _reply(send, 200, {"status": "ok"})
             case "POST" if path in (_AZURE_V1, _OPENAI) or _CLASSIC.fullmatch(path):
                 await self._chat(scope, receive, send)
             case _:
@@ -151,7 +161,7 @@ class Emulator:
         model = str(record.body.get("model") or _deployment(record.path))
         answer = Answer(script, record.body, azure=azure, number=record.number, model=model)
         if record.body.get("stream"):
-            return await _stream(record, answer, scope, send)
+            return await _stream(record, answer, scope, send, self._released)
         return await _whole(record, answer, scope, send)
 
     def _check_refusal(self, script: Script, *, azure: bool) -> None:
@@ -206,12 +216,14 @@ def _deployment(path: str) -> str:
     return classic[1] if classic else "emulator"
 
 
-async def _stream(record: Record, answer: Answer, scope: Scope, send: Send) -> Outcome:
+async def _stream(
+    record: Record, answer: Answer, scope: Scope, send: Send, released: _Events
+) -> Outcome:
     end = answer.script.end
     if end == "hang":
         await _for_ever()
     await _start(send, 200, b"text/event-stream; charset=utf-8", {"x-request-id": answer.id})
-    unsent = await _play(record, answer, send)
+    unsent = await _play(record, answer, send, released)
     if end in ("stall", "reset"):
         await send({"type": "http.response.body", "body": unsent, "more_body": True})
         if end == "stall":
@@ -222,19 +234,23 @@ async def _stream(record: Record, answer: Answer, scope: Scope, send: Send) -> O
     return "completed" if end == "done" else "failed"
 
 
-async def _play(record: Record, answer: Answer, send: Send) -> bytes:
+async def _play(record: Record, answer: Answer, send: Send, released: _Events) -> bytes:
     """Send the steps at their times; what is left for the last write comes back."""
     due = time.monotonic()
     unsent: list[bytes] = []
     for pause, data, pieces in answer.steps():
         unsent.append(data)
         record.sent += pieces
-        if pause or len(unsent) >= _BATCH:
+        held = pieces > 0 and record.sent == answer.script.hold_after
+        if pause or held or len(unsent) >= _BATCH:
             await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": True})
             unsent.clear()
             # Against a schedule, so that 50 chunks a second are 50 on a busy machine too.
             due += pause
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+        if held:
+            await released[record.key].wait()
+            due = time.monotonic()
     return b"".join(unsent)
 
 

@@ -27,7 +27,7 @@ class BadScript(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """One response. Pieces are the chunks that carry text, refusal or tool calls.
+    """One response. Pieces are the chunks that carry reasoning, text, refusal or tool calls.
 
     The order is: wait `first_ms`, then an HTTP error if one is due, else the pieces `delay_ms`
     apart (give or take `jitter_ms`, the same each time) up to `after`, then `end`.
@@ -47,6 +47,7 @@ class Script:
     surrogate: bool = False
     """An emoji at the end of the text, as two lone surrogates in two chunks."""
     empty: bool = False
+    reasoning: str = ""
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     """Each {"name": str, "arguments": str or object, "id": str if it matters}."""
@@ -57,6 +58,9 @@ class Script:
     first_ms: Milliseconds = 0
     delay_ms: Milliseconds = 0
     jitter_ms: Milliseconds = 0
+    hold_after: Count | None = None
+    """Nothing more after so many pieces until `POST /emulator/release/KEY`, which counts for every
+    request with this `key`."""
 
     # An HTTP error instead: for ever, or `status_times` times for one `key`.
     status: Annotated[int, Field(ge=400, le=599)] | None = None
@@ -83,6 +87,8 @@ class Script:
 
         `request` is the number of the upstream request that they answer.
         """
+        for text in _split(self.reasoning):
+            yield {"reasoning_content": text}
         for text in self._texts(request):
             yield {"content": text}
         for text in _split(self.refusal or ""):

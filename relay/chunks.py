@@ -193,11 +193,19 @@ class Expander:
         return None
 
 
+def reasoning_of(delta: Chunk) -> str | None:
+    """What the model thinks before it answers. Servers have two names for it; some send both."""
+    return delta.get("reasoning_content") or delta.get("reasoning")
+
+
 def _plain_text(rest: Chunk) -> str | None:
-    """The text of a chunk with one unfinished first choice that carries text; None for others."""
+    """The text of a chunk with one unfinished first choice that says nothing else; None for others:
+    a piece of a tool call or of reasoning may come twice, and beside an empty text."""
     match rest.get("choices"):
-        case [{"delta": {"content": str(text)}, "finish_reason": None} as choice]:
-            return text if choice.get("index") == 0 and not choice.get("logprobs") else None
+        case [{"delta": {"content": str(text), **others}, "finish_reason": None} as choice]:
+            others.pop("role", None)
+            alone = not (any(others.values()) or choice.get("logprobs"))
+            return text if alone and choice.get("index") == 0 else None
     return None
 
 

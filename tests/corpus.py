@@ -7,6 +7,7 @@ CORPUS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"chunks": 12}, {}),
     "unicode": ({"text": ["ü", "😀", "日本", "\u2028", '"', "\\", "\n", "e", "\u0301"]}, {}),
     "an emoji split over two chunks": ({"text": ["so ", "\ud83d", "\ude00", "!"]}, {}),
+    "reasoning": ({"reasoning": "Zürich lies so far east", "chunks": 3}, {}),
     "a tool call in pieces": ({"tool_calls": [LOOKUP]}, {}),
     "parallel tools": ({"tool_calls": [LOOKUP, {**LOOKUP, "name": "other", "id": "x"}]}, {}),
     "n = 3": ({"chunks": 5}, {"n": 3}),

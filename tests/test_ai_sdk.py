@@ -402,6 +402,19 @@ async def test_stop_reaches_the_model_and_every_page_keeps_what_there_is(
 
 
 @clients
+async def test_its_own_stop_only_leaves_and_the_answer_is_there_to_resume(
+    stack: httpx2.AsyncClient,
+) -> None:
+    async with chat(stack) as page:
+        await page.do("send", prompt(**PATIENTLY))
+        await page.until(longer(3))
+        left = await page.done("stop")
+        assert (left["status"], FORTY.startswith(text(left))) == ("ready", True)
+        state = await page.done("resume")
+    assert (text(state), state["status"], roles(state)) == (FORTY, "ready", ["user", "assistant"])
+
+
+@clients
 @pytest.mark.parametrize(
     ("script", "kept"),
     [({"prompt_filter": True}, ""), ({"chunks": 3, "end": "eof"}, "0 1 2 ")],

@@ -1,6 +1,8 @@
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from socket import SO_LINGER, SOL_SOCKET
 
 import pytest
 
@@ -159,3 +161,20 @@ async def test_a_dead_target_ends_the_connection(echo: Echo, proxy: Proxy) -> No
     proxy.target = 1
     async with connected(proxy) as (reader, _):
         assert await asyncio.wait_for(reader.read(1), 5) == b""
+
+
+async def test_a_connection_that_is_just_ending_is_no_obstacle_to_a_cut(
+    proxy: Proxy, echo: Echo
+) -> None:
+    for turns in range(20):
+        async with connected(proxy) as ends:
+            assert await said(b"hello", *ends) == b"hello"
+            ends[1].get_extra_info("socket").setsockopt(
+                SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            ends[1].transport.abort()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            proxy.cut()
+        proxy.heal()
+        assert await echo.ends.get()

@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from relay.chunks import Chunk, Compactor, Expander, parse
 from relay.errors import UpstreamError
-from relay.events import COMPLETED, QUEUED, STARTED, TEXT, Cursor, Entry, Event, entry, to_json
+from relay.events import (
+    COMPLETED,
+    QUEUED,
+    STARTED,
+    TEXT,
+    WHOLE,
+    Cursor,
+    Entry,
+    Event,
+    entry,
+    to_json,
+)
 from tests.test_events import ANY_TEXT
 
 HEAD: Chunk = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x"}
@@ -273,6 +284,19 @@ def test_a_text_costs_its_own_json_and_one_byte(texts: list[str]) -> None:
 def test_a_plain_text_costs_three_bytes_more_than_itself(text: str) -> None:
     last = entries_of([ROLE, said("x"), said(text)])[-1]
     assert bytes_of(last) <= len(text.encode()) + 3
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tool_calls": [{"index": 0, "function": {"arguments": "1"}}]},
+        {"reasoning_content": "ha"},
+        {"refusal": "no"},
+    ],
+)
+def test_what_is_said_beside_a_text_is_never_left_out_as_a_repetition(beside: Chunk) -> None:
+    twice = [chunk(choice({"content": "", **beside}))] * 2
+    assert [entry.kind for entry in entries_of(twice)] == [STARTED, WHOLE, WHOLE]
 
 
 @pytest.mark.parametrize("name", ["azure", "logprobs", "fingerprint that changes", "usage"])

@@ -171,6 +171,16 @@ async def test_logprobs_are_there_if_asked_for(azure: AsyncAzureOpenAI) -> None:
     assert len(logprobs.content[0].top_logprobs) == 2
 
 
+async def test_reasoning_comes_in_pieces_before_the_text(openai: AsyncOpenAI) -> None:
+    chunks = await ask(openai, prompt(reasoning="So then.", chunks=1))
+    deltas = [chunk.model_dump(exclude_unset=True)["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[1:4] == [
+        {"reasoning_content": "So t"},
+        {"reasoning_content": "hen."},
+        {"content": "0 "},
+    ]
+
+
 async def test_a_refusal_comes_in_pieces_and_without_text(azure: AsyncAzureOpenAI) -> None:
     chunks = await ask(azure, prompt(refusal="I cannot help with that."))
     pieces = [chunk.choices[0].delta.refusal or "" for chunk in chunks if chunk.choices]
@@ -217,6 +227,22 @@ async def test_labels_say_which_request_each_piece_answers_also_after_a_refused_
         (2, "k"),
         (3, "k"),
     ]
+
+
+async def test_what_is_held_goes_on_when_its_key_is_released_and_later_requests_are_not_held(
+    openai: AsyncOpenAI, emulator: Emulator, url: str
+) -> None:
+    asked = prompt(chunks=5, hold_after=3, key="a b")
+    other = await opened(openai, prompt(chunks=2, hold_after=1, key="c"))
+    stream = await opened(openai, asked)
+    chunks = [await anext(stream) for _ in range(4)]
+    assert (text_of(chunks), emulator.requests[-1].sent) == ("0 1 2 ", 3)
+    async with httpx2.AsyncClient() as http:
+        await http.post(f"{url}/emulator/release/a b")
+    assert text_of(chunks + [chunk async for chunk in stream]) == "0 1 2 3 4 "
+    assert text_of(await ask(openai, asked)) == "0 1 2 3 4 "
+    assert emulator.requests[0].outcome is None
+    await other.close()
 
 
 async def test_the_journal_forgets_its_oldest_requests_but_not_how_many_there_were() -> None:

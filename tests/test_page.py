@@ -3,9 +3,7 @@
 import asyncio
 import itertools
 import json
-import os
 import re
-import shutil
 from collections.abc import AsyncIterator
 from typing import Literal
 
@@ -28,21 +26,13 @@ from playwright.async_api import (
     Route,
     TimeoutError,  # noqa: A004
     ViewportSize,
-    async_playwright,
     expect,
 )
 
+from tests.chromium import PATIENCE_MS, chromium
+
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = [
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE_MS = 15_000
 QUIET_MS = 3000
 """Longer than an EventSource (1 s) and the page itself (2 s) wait before they come back."""
 SLOW = {"chunks": 150, "delay_ms": 40}
@@ -67,13 +57,9 @@ EVENT_SOURCE = """(url) => {
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    binary = os.environ.get("RELAY_CHROMIUM") or shutil.which("chromium")
-    assert binary, "No chromium is found: install it or name it in RELAY_CHROMIUM."
     expect.set_options(timeout=PATIENCE_MS)
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=binary, args=ARGUMENTS)
+    async with chromium() as browser:
         yield browser
-        await browser.close()
 
 
 @pytest.fixture

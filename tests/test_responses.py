@@ -13,11 +13,13 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response
 from pydantic import BaseModel
 
+from api.responses_request import ResponsesRequest
 from emulator.app import Emulator
 from emulator.script import prompt
 from relay.settings import Settings
 from tests.conftest import running_api, running_worker, text_of, until, watch
 from tests.corpus import LOOKUP
+from tests.test_chat_completions import parameters
 
 MODEL = "demo"
 TOOL: Any = {
@@ -387,6 +389,26 @@ async def test_bad_input_is_refused_in_openais_shape_with_the_field_named(
     assert (raised.value.param, raised.value.code) == (param, code)
     assert raised.value.type == "invalid_request_error"
     assert emulator.total == 0
+
+
+async def test_what_the_sdk_can_ask_and_this_server_cannot_honour_is_refused_by_name(
+    sdk: AsyncOpenAI,
+) -> None:
+    unknown = parameters(sdk.responses.create) - ResponsesRequest.model_fields.keys()
+    assert "conversation" in unknown
+    for name in unknown:
+        with pytest.raises(openai.BadRequestError) as raised:
+            await sdk.responses.create(**{**asking(), name: "x"})
+        assert (raised.value.param, raised.value.code) == (name, "unknown_parameter")
+
+
+async def test_what_cannot_be_retrieved_is_refused_with_the_field_named(sdk: AsyncOpenAI) -> None:
+    response_id = await begun(sdk, chunks=1)
+    asked: dict[str, Any] = {"include[]": "x", "include_obfuscation": True}
+    for param, value in asked.items():
+        with pytest.raises(openai.BadRequestError) as raised:
+            await sdk.responses.retrieve(response_id, stream=True, extra_query={param: value})
+        assert (raised.value.param, raised.value.code) == (param, "unknown_parameter")
 
 
 async def test_any_other_model_is_refused(sdk: AsyncOpenAI) -> None:

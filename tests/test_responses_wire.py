@@ -153,8 +153,9 @@ def test_pieces_of_two_calls_that_come_in_turn_stay_apart() -> None:
     assert calls == [("a", "f", '{"x":1}'), ("b", "g", "[1,2]")]
 
 
-def test_reasoning_is_an_item_of_its_own_before_the_message() -> None:
-    told = frames(log([*deltas({"reasoning_content": "Hm."}, {"content": "Yes."}), END]))
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_is_an_item_of_its_own_before_the_message(name: str) -> None:
+    told = frames(log([*deltas({name: "Hm."}, {"content": "Yes."}), END]))
     for frame in told:
         SDK_EVENT.validate_python(frame)
     output = told[-1]["response"]["output"]

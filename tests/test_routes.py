@@ -228,6 +228,28 @@ async def test_nothing_here_is_a_problem_too(api: httpx2.AsyncClient) -> None:
     assert code(await api.get("/chat"), 405) == "method_not_allowed"
 
 
+async def test_what_fails_outside_of_any_route_has_the_shape_of_the_api_that_was_meant(
+    api: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("relay.log.Log.create", broken)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "demo"}
+    for method, path, content, status, expected in (
+        ("POST", "/v1/embeddings", body, 404, "not_found"),
+        ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
+        ("POST", "/v1/chat/completions", "x" * MIB, 413, "body_too_large"),
+        ("POST", "/v1/chat/completions", body, 500, "internal"),
+    ):
+        response = await api.request(method, path, json=content)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (status, expected, None)
+    response = await api.get("/api/chat")
+    assert (response.status_code, response.json()["code"]) == (405, "method_not_allowed")
+    assert response.json()["error"].endswith(".")
+
+
 async def test_a_fault_of_ours_shows_no_trace_of_itself(
     api: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,13 +132,17 @@ def test_a_text_is_opened_at_its_first_word_and_closed_before_the_end() -> None:
     ]
 
 
-def test_reasoning_stands_apart_from_the_text_wherever_it_comes() -> None:
+@pytest.mark.parametrize(
+    "names", [["reasoning_content"], ["reasoning"], ["reasoning", "reasoning_content"]]
+)
+def test_reasoning_stands_apart_from_the_text_wherever_it_comes(names: list[str]) -> None:
+    hm, so = dict.fromkeys(names, "hm"), dict.fromkeys(names, "so")
     deltas: list[Part] = [
-        {"reasoning_content": "hm", "content": ""},
-        {"reasoning_content": "hm", "content": ""},
+        {**hm, "content": ""},
+        {**hm, "content": ""},
         {"content": "a"},
         {"content": "a"},
-        {"reasoning_content": "so", "content": None},
+        {**so, "content": None},
         {"content": "b"},
     ]
     shown = put_together(whole(spoken(*deltas)))
@@ -155,6 +159,13 @@ def test_a_text_that_always_comes_with_reasoning_keeps_both() -> None:
     shown = put_together(whole(spoken(both, both, both)))
     assert [part["text"] for part in shown if part["kind"] == "reasoning"] == ["r", "r", "r"]
     assert [part["text"] for part in shown if part["kind"] == "text"] == ["t", "t", "t"]
+
+
+@pytest.mark.parametrize(("finish", "told"), [("stop", "content-filter"), ("length", "length")])
+def test_a_refusal_finishes_as_the_sdks_own_providers_finish_it(finish: str, told: str) -> None:
+    parts = whole(spoken({"content": "Well. "}, {"refusal": "No."}, finish=finish))
+    assert [part["text"] for part in put_together(parts)] == ["Well. No."]
+    assert parts[-1] == {"type": "finish", "finishReason": told}
 
 
 def test_a_tool_may_be_run_only_when_the_answer_stands() -> None:

@@ -6,7 +6,18 @@ import pytest
 
 from api.wires import native, text
 from relay.errors import StreamGone
-from relay.events import COMPLETED, QUEUED, STARTED, TEXT, WHOLE, Cursor, Event, entry, to_json
+from relay.events import (
+    COMPLETED,
+    QUEUED,
+    STARTED,
+    TEXT,
+    WHOLE,
+    Cursor,
+    Entry,
+    Event,
+    entry,
+    to_json,
+)
 
 CURSOR = Cursor(1, 7)
 
@@ -67,16 +78,29 @@ def test_gone_is_a_failure_without_an_id() -> None:
     )
 
 
+EMOJI = "\N{GRINNING FACE}".encode()
+
+
+def plain(text: str) -> Entry:
+    return entry(TEXT, text)
+
+
 @pytest.mark.parametrize(
-    ("kind", "value", "written"),
+    ("entries", "written"),
     [
-        (TEXT, "Hé", "Hé".encode()),
-        (TEXT, "\ud83d", b"?"),
-        (WHOLE, {"chunk": {"choices": [{"delta": {"content": "Hi"}}]}}, b"Hi"),
-        (WHOLE, {"chunk": {"choices": [], "usage": {}}}, b""),
-        (STARTED, {}, b""),
-        (COMPLETED, {}, b""),
+        ([plain("Hé")], "Hé".encode()),
+        ([entry(WHOLE, {"chunk": {"choices": [{"delta": {"content": "Hi"}}]}})], b"Hi"),
+        ([entry(WHOLE, {"chunk": {"choices": [], "usage": {}}})], b""),
+        ([entry(STARTED, {}), entry(COMPLETED, {})], b""),
+        ([plain("a\ud83d"), plain("\ude00b")], b"a" + EMOJI + b"b"),
+        ([plain("\ud83d"), entry(WHOLE, {"chunk": {"choices": []}}), plain("\ude00")], EMOJI),
+        ([plain("\ud83d"), plain("b"), plain("\ude00")], "\ufffdb\ufffd".encode()),
+        ([plain("a\ud83d"), entry(COMPLETED, {})], "a\ufffd".encode()),
+        ([plain("\ud83d"), entry(STARTED, {}), plain("b")], b"b"),
     ],
 )
-def test_text_is_the_text_of_the_first_choice(kind: str, value: object, written: bytes) -> None:
-    assert text.encode(Event(CURSOR, kind, to_json(value))) == written
+def test_text_is_the_text_of_the_first_choice_with_every_emoji_whole(
+    entries: list[Entry], written: bytes
+) -> None:
+    encode = text.encoder()
+    assert b"".join(encode(Event(CURSOR, *each)) for each in entries) == written

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from relay.chunks import Chunk, Expander
+from relay.chunks import Chunk, Expander, reasoning_of
 from relay.events import (
     CANCELLED,
     COMPLETED,
@@ -235,7 +235,7 @@ class _Response:
             if choice.get("index", 0) != 0:
                 continue
             delta = choice.get("delta") or {}
-            if text := delta.get("reasoning_content"):
+            if text := reasoning_of(delta):
                 yield from self._item("reasoning", "rs", "reasoning", {"summary": []})
                 yield from self._items["reasoning"].grow("reasoning_text", text)
             yield from self._message("output_text", delta.get("content"))

@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 
-from relay.events import Event, text_of
+from relay.events import STARTED, Event, join_text, text_of
 
 MEDIA_TYPE = "text/plain"
 
 
 def encoder() -> Callable[[Event], bytes]:
-    return encode
+    return _Encoder()
 
 
-def encode(event: Event) -> bytes:
-    """Half a character, split over two chunks, becomes a question mark: UTF-8 cannot carry it."""
-    return text_of(event).encode("utf-8", "replace")
+class _Encoder:
+    """UTF-8 cannot carry half an emoji: that of one chunk waits for that of the next."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def __call__(self, event: Event) -> bytes:
+        text = "" if event.kind == STARTED else self._half + text_of(event)
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not event.terminal else ""
+        return join_text([text.removesuffix(self._half)]).encode()

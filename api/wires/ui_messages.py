@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from relay.chunks import Chunk, Expander
+from relay.chunks import Chunk, Expander, reasoning_of
 from relay.events import CANCELLED, COMPLETED, STARTED, TEXT, Event, join_text, to_json
 
 MEDIA_TYPE = "text/event-stream"
@@ -75,6 +75,7 @@ class _Encoder:
         self._open: str | None = None
         self._opened = 0
         self._calls: dict[int, _Call] = {}
+        self._refused = False
         self._around: tuple[bytes, bytes] | None = None
 
     def __call__(self, event: Event) -> bytes:
@@ -102,9 +103,10 @@ class _Encoder:
         for choice in chunk.get("choices") or ():
             if choice.get("index", 0) == 0:
                 delta = choice.get("delta") or {}
-                yield from self._say("reasoning", delta.get("reasoning_content"))
+                yield from self._say("reasoning", reasoning_of(delta))
                 yield from self._say("text", delta.get("content"))
                 yield from self._say("text", delta.get("refusal"))
+                self._refused = self._refused or bool(delta.get("refusal"))
                 for piece in delta.get("tool_calls") or ():
                     yield from self._call(piece)
 
@@ -141,6 +143,8 @@ class _Encoder:
             # Not before: a client runs the tool at once, and an attempt that is taken back has
             # called for nothing.
             reason = FINISH_REASONS.get(event.value().get("finish_reason"), "other")
+            # By this the SDK's own providers tell a refusal from a text.
+            reason = "content-filter" if self._refused and reason == "stop" else reason
             calls = b"".join(call.frame() for call in self._calls.values())
             finish = _frame({"type": "finish", "finishReason": reason})
             return calls + _frame({"type": "finish-step"}) + finish + DONE

@@ -12,11 +12,15 @@ const called = [];
 
 const transport = new DefaultChatTransport({ fetch: (path, init) => fetch(base + path, init) });
 const onToolCall = ({ toolCall }) => { called.push(toolCall); };
-const chat = new Chat({ id, transport, onToolCall });
+let finished;
+const onFinish = ({ isAbort, isDisconnect, isError, finishReason }) => {
+  finished = { isAbort, isDisconnect, isError, finishReason };
+};
+const chat = new Chat({ id, transport, onToolCall, onFinish });
 
 function report(done) {
   const { status, error, messages } = chat;
-  console.log(JSON.stringify({ status, error: error?.message, messages, called, done }));
+  console.log(JSON.stringify({ status, error: error?.message, messages, called, finished, done }));
 }
 for (const kind of ['Messages', 'Status', 'Error']) {
   chat[`~register${kind}Callback`](() => report());
