@@ -1,17 +1,17 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
+from api.asking import AskingOfRequest
 from api.feed import Feed
-from api.problems import REDIS_AWAY_DETAIL, RETRY_SECONDS
-from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly
+from api.parts import Parts, PartsOfApp, WhileResponding
+from api.problems import RETRY_SECONDS
 from api.shaped_route import ShapedRoute
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
@@ -121,30 +121,13 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
     response_class=Response,
     responses={**_STREAMED, **RESPONSES},
 )
-async def chat(
-    body: UIChatRequest,
-    parts: PartsOfApp,
-    chats: ChatsOfApp,
-    watching: WhileResponding,
-    webhook: WebhookUrl,
-    idempotency_key: Annotated[str, Header(max_length=255)] = "",
-    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
-) -> Response:
+async def chat(body: UIChatRequest, asking: AskingOfRequest, chats: ChatsOfApp) -> Response:
     """Queue a job and stream the answer as one UI message. Dropping the connection does not stop
     it, unless X-On-Disconnect asks for it."""
-    if parts.hub.redis_away:
-        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_asked().to_stored(body.id, webhook=webhook)
-    created = await parts.log.create(
-        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
-    )
-    stream_id = created.stream_id
-    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
-    await chats.note(body.id, stream_id)
-    feed = await watching.feed(stream_id)
-    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
-    message_id = body.continued or message_id_of(stream_id)
-    return UIMessageViewer(parts, feed, message_id, on_leave=on_leave)
+    feed = await asking.begin(body.to_asked(), body.id)
+    await chats.note(body.id, feed.stream_id)
+    message_id = body.continued or message_id_of(feed.stream_id)
+    return UIMessageViewer(asking.parts, feed, message_id, on_leave=asking.on_leave(feed))
 
 
 def message_id_of(stream_id: str) -> str:

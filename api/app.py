@@ -14,8 +14,9 @@ from starlette.types import ASGIApp
 from api import ai_sdk, chat_completions, openai_errors, page, problems, responses, webhook
 from api.body_limit import BodyLimit
 from api.hub import Hub
+from api.parts import Parts
 from api.presence import Presence
-from api.routes import Parts, router
+from api.routes import router
 from api.shortcut import Shortcut
 from relay.connection import connect
 from relay.log import Log

@@ -2,17 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.types import Send
 
+from api.asking import AskingOfRequest
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
-from api.problems import REDIS_AWAY_DETAIL
-from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly, until_ended
+from api.parts import Parts, PartsOfApp, until_ended
 from api.viewer import HeldViewer, Superseded
 from api.wires import chat_completions as codec
 from relay.events import CANCELLED, COMPLETED, FAILED, to_json
@@ -72,29 +71,16 @@ async def models(parts: PartsOfApp) -> dict[str, Any]:
     },
 )
 async def create(
-    request: Request,
-    body: ChatCompletionRequest,
-    parts: PartsOfApp,
-    watching: WhileResponding,
-    webhook: WebhookUrl,
-    idempotency_key: Annotated[str, Header(max_length=255)] = "",
-    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
+    request: Request, body: ChatCompletionRequest, asking: AskingOfRequest
 ) -> Response:
     """Queue a job and answer with what the model says. Dropping the connection does not stop the
     answer, unless X-On-Disconnect asks for it."""
+    parts = asking.parts
     if body.model != parts.model:
         message = f"There is no model {body.model!r} here: use {parts.model!r}."
         return refusal(404, "model_not_found", message, param="model")
-    if parts.hub.redis_away:
-        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_stored(webhook=webhook)
-    created = await parts.log.create(
-        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
-    )
-    stream_id = created.stream_id
-    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
-    feed = await watching.feed(stream_id)
-    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
+    feed = await asking.begin(body)
+    on_leave = asking.on_leave(feed)
     if not body.stream:
         return await _whole(request, parts, feed, on_leave)
     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -104,7 +90,7 @@ async def create(
         feed,
         None,
         **parts.pace,
-        headers={"x-stream-id": stream_id},
+        headers={"x-stream-id": feed.stream_id},
         on_leave=on_leave,
     )
 

@@ -5,18 +5,17 @@ A response is a stream, and its id that of the stream after `resp_`.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from api.asking import AskingOfRequest
 from api.feed import Feed
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
-from api.problems import REDIS_AWAY_DETAIL
+from api.parts import Parts, PartsOfApp, WhileResponding, until_ended
 from api.responses_request import ResponsesRequest
-from api.routes import Parts, PartsOfApp, WebhookUrl, WhileResponding, cancel_quietly, until_ended
 from api.viewer import Viewer
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_error
@@ -135,33 +134,19 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("", summary="OpenAI's responses", response_class=Response, responses=_ANSWERS)
-async def create(
-    request: Request,
-    body: ResponsesRequest,
-    parts: PartsOfApp,
-    watching: WhileResponding,
-    webhook: WebhookUrl,
-    idempotency_key: Annotated[str, Header(max_length=255)] = "",
-    x_on_disconnect: Annotated[Literal["continue", "cancel"], Header()] = "continue",
-) -> Response:
+async def create(request: Request, body: ResponsesRequest, asking: AskingOfRequest) -> Response:
     """Queue a job and answer at once (`background`), with events (`stream`), or when it has ended.
     Dropping the connection does not stop the answer, unless X-On-Disconnect asks for it."""
+    parts = asking.parts
     if body.model != parts.model:
         message = f"There is no model {body.model!r} here: use {parts.model!r}."
         return refusal(404, "model_not_found", message, param="model")
-    if parts.hub.redis_away:
-        return refusal(503, "redis_away", REDIS_AWAY_DETAIL)
-    asked, digest = body.to_asked().to_stored("responses", webhook=webhook)
-    created = await parts.log.create(
-        asked, idempotency_key=idempotency_key, digest=digest, webhook=webhook
-    )
-    stream_id = created.stream_id
-    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
+    asked = body.to_asked()
     if body.background and not body.stream:
-        return await _now(parts, stream_id)
-    feed = await watching.feed(stream_id)
-    born = await _born(parts, stream_id)
-    on_leave = partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None
+        return await _now(parts, (await asking.create(asked, "responses")).stream_id)
+    feed = await asking.begin(asked, "responses")
+    born = await _born(parts, feed.stream_id)
+    on_leave = asking.on_leave(feed)
     if body.stream:
         return ResponseViewer(parts, feed, born, on_leave=on_leave)
     return await _ended(request, parts, feed, born, on_leave)

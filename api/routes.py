@@ -1,22 +1,18 @@
 """The native API."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from functools import partial
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 
+from api.asking import AskingOfRequest
 from api.chat_request import ChatRequest
-from api.feed import Feed
-from api.hub import Hub, Watching
+from api.hub import Watching
 from api.long_response import HEADERS
 from api.multi_viewer import Lane, MultiViewer
-from api.presence import Presence
+from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
 from api.viewer import NotNow, TextViewer, Viewer
@@ -24,51 +20,14 @@ from api.wires import multiplexed, native, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
-from relay.log import Log
+from relay.log import Created
 from relay.logs import get_logger
-from relay.settings import Settings
-from relay.webhooks import Webhooks
 
 logger = get_logger("api")
 router = APIRouter()
 
-ANY_MODEL = "chat-relay"
-LONGEST_KEY = 255
-"""Of an Idempotency-Key."""
 MOST_STREAMS = 100
 """On one connection: its cursor must fit into a header."""
-
-
-class Pace(TypedDict):
-    """The times of a long response, as its class takes them."""
-
-    heartbeat_seconds: float
-    write_seconds: float
-    drain_seconds: float
-
-
-class Parts:
-    """What the routes work with; one per process, in `app.state.parts`."""
-
-    def __init__(
-        self, settings: Settings, log: Log, hub: Hub, presence: Presence, webhooks: Webhooks
-    ) -> None:
-        self.settings = settings
-        self.webhooks = webhooks
-        self.log = log
-        self.hub = hub
-        self.presence = presence
-        self.pace: Pace = {
-            "heartbeat_seconds": settings.heartbeat_seconds,
-            "write_seconds": settings.write_seconds,
-            "drain_seconds": settings.drain_seconds,
-        }
-
-    @property
-    def model(self) -> str:
-        """The public name of the one model: the upstream's, where this process knows it."""
-        upstream = self.settings.upstream
-        return upstream.model if upstream else ANY_MODEL
 
 
 class Accepted(BaseModel):
@@ -88,13 +47,6 @@ class Cancelled(BaseModel):
     status: Literal["cancelling", "completed", "failed", "cancelled"]
 
 
-# Async though they wait for nothing: FastAPI runs plain functions in a thread, at the price of a
-# millisecond before the first token.
-async def _parts(request: Request) -> Parts:
-    parts: Parts = request.app.state.parts
-    return parts
-
-
 async def _stream_id(
     stream_id: Annotated[str, Path(description="As POST /chat returned it.")],
 ) -> str:
@@ -103,45 +55,7 @@ async def _stream_id(
     return stream_id
 
 
-PartsOfApp = Annotated[Parts, Depends(_parts)]
 StreamId = Annotated[str, Depends(_stream_id)]
-
-
-async def _watching(parts: PartsOfApp) -> AsyncIterator[Watching]:
-    """Ended when the response has been sent."""
-    watching = Watching(parts.hub)
-    try:
-        yield watching
-    finally:
-        watching.end()
-
-
-WhileResponding = Annotated[Watching, Depends(_watching)]
-
-
-async def _webhook(
-    parts: PartsOfApp,
-    x_webhook_url: Annotated[
-        str | None,
-        Header(
-            description="Is told by a POST when the answer has ended: see the webhook. Its host is "
-            "one of RELAY_WEBHOOK_HOSTS."
-        ),
-    ] = None,
-) -> str:
-    """A URL that may be told, or an empty one."""
-    if x_webhook_url is None:
-        return ""
-    try:
-        parts.webhooks.target(x_webhook_url)
-    except ValueError as error:
-        where = ("header", "x-webhook-url")
-        refused = {"type": "value_error", "loc": where, "msg": str(error), "input": None}
-        raise RequestValidationError([refused]) from None
-    return x_webhook_url
-
-
-WebhookUrl = Annotated[str, Depends(_webhook)]
 
 _STREAMED: dict[str, Any] = {
     native.MEDIA_TYPE: {
@@ -179,68 +93,45 @@ _STREAMED: dict[str, Any] = {
 )
 async def chat(
     body: ChatRequest,
-    parts: PartsOfApp,
-    watching: WhileResponding,
-    webhook: WebhookUrl,
+    asking: AskingOfRequest,
     accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
-    idempotency_key: Annotated[
-        str,
-        Header(
-            max_length=LONGEST_KEY, description="The same key and body lead to the same stream."
-        ),
-    ] = "",
-    x_on_disconnect: Annotated[
-        Literal["continue", "cancel"],
-        Header(description="What the end of this very connection means for the answer."),
-    ] = "continue",
 ) -> Response:
     """Queue a job and return the id of its stream at once.
 
     The answer is then made by a worker, whoever watches or not.
     """
-    if parts.hub.redis_away:
-        return redis_away()  # At once: a Redis that hangs would cost each caller a time limit.
-    request, digest = body.to_stored(body.recovery, webhook=webhook)
-    created = await parts.log.create(
-        request,
-        recovery=body.recovery,
-        idempotency_key=idempotency_key,
-        digest=digest,
-        webhook=webhook,
-    )
-    stream_id = created.stream_id
-    logger.info("stream_created", stream=stream_id, repeated=created.repeated)
-    url = f"/streams/{stream_id}"
-    headers = {"location": url, "x-stream-id": stream_id}
     viewer = _viewer_for(accept)
     if viewer is None:
-        status = (await parts.log.state(stream_id)).status if created.repeated else "queued"
-        accepted = Accepted.model_validate(
-            {
-                "stream_id": stream_id,
-                "status": status,
-                "url": url,
-                "events_url": f"{url}/events",
-                "cancel_url": f"{url}/cancel",
-            }
-        )
-        return JSONResponse(accepted.model_dump(), 202, headers)
-
-    try:
-        feed = await watching.feed(stream_id)
-    except RedisError:
-        # It stands, and may be cancelled or watched later.
-        response = redis_away()
-        response.headers.update(headers)
-        return response
+        created = await asking.create(body, body.recovery, recovery=body.recovery)
+        return await _accepted(asking.parts, created)
+    feed = await asking.begin(body, body.recovery, recovery=body.recovery)
     return viewer(
-        parts.hub,
+        asking.parts.hub,
         feed,
         None,
-        **parts.pace,
-        headers=headers,
-        on_leave=partial(cancel_quietly, parts, stream_id) if x_on_disconnect == "cancel" else None,
+        **asking.parts.pace,
+        headers=_names(feed.stream_id),
+        on_leave=asking.on_leave(feed),
     )
+
+
+async def _accepted(parts: Parts, created: Created) -> Response:
+    stream_id, url = created.stream_id, f"/streams/{created.stream_id}"
+    status = (await parts.log.state(stream_id)).status if created.repeated else "queued"
+    accepted = Accepted.model_validate(
+        {
+            "stream_id": stream_id,
+            "status": status,
+            "url": url,
+            "events_url": f"{url}/events",
+            "cancel_url": f"{url}/cancel",
+        }
+    )
+    return JSONResponse(accepted.model_dump(), 202, _names(stream_id))
+
+
+def _names(stream_id: str) -> dict[str, str]:
+    return {"location": f"/streams/{stream_id}", "x-stream-id": stream_id}
 
 
 @router.get(
@@ -406,29 +297,6 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
         return redis_away()
     await request.app.state.redis.ping()
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
-
-
-async def cancel_quietly(parts: Parts, stream_id: str) -> None:
-    """For a client that left and asked for it: nobody is there to hear of an error."""
-    try:
-        await parts.log.cancel(stream_id)
-    except (RedisError, StreamGone) as error:
-        logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
-
-
-async def until_ended(request: Request, parts: Parts, feed: Feed) -> None:
-    """Return when the answer has ended, the client has left, or this process drains."""
-    left = asyncio.ensure_future(_left(request))
-    try:
-        while not (feed.ended or left.done() or parts.hub.draining):
-            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
-    finally:
-        left.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

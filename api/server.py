@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.line import EXTENSION, Line
-from api.routes import Parts
+from api.parts import Parts
 from relay.settings import Settings
 
 CLOSE_SECONDS = 2

@@ -6,7 +6,6 @@ says what is wrong with it. The routes are the same.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from urllib.parse import parse_qs
 
 from fastapi import Response
@@ -14,8 +13,10 @@ from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import routes
+from api.asking import LONGEST_KEY, Asking
 from api.chat_request import ChatRequest
 from api.hub import Watching
+from api.parts import Parts
 from api.problems import answer_to
 from relay.ids import is_stream_id
 from relay.logs import get_logger
@@ -25,7 +26,7 @@ logger = get_logger("api")
 _BEFORE, _AFTER = "/streams/", "/events"
 
 Headers = Mapping[str, str]
-Route = Callable[..., Awaitable[Response]]
+Route = Callable[[Parts, Watching], Awaitable[Response]]
 
 
 class Shortcut:
@@ -50,10 +51,9 @@ class Shortcut:
 
 
 async def _respond(route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-    parts: routes.Parts = scope["app"].state.parts
-    watching = Watching(parts.hub)
+    watching = Watching(_parts(scope).hub)
     try:
-        response = await _answer(route, parts, watching)
+        response = await _answer(route, scope, watching)
         del route  # It holds headers, and a viewer stays for long.
         await response(scope, receive, send)
     except Exception as error:
@@ -63,9 +63,9 @@ async def _respond(route: Route, scope: Scope, receive: Receive, send: Send) -> 
         watching.end()
 
 
-async def _answer(route: Route, parts: routes.Parts, watching: Watching) -> Response:
+async def _answer(route: Route, scope: Scope, watching: Watching) -> Response:
     try:
-        return await route(parts=parts, watching=watching)
+        return await route(_parts(scope), watching)
     except Exception as error:  # noqa: BLE001 - as FastAPI's stack does, last of all
         return answer_to(error)
 
@@ -74,20 +74,20 @@ def _watch(stream_id: str, scope: Scope) -> Route | None:
     if not is_stream_id(stream_id):
         return None
     headers, query = _headers(scope), parse_qs(scope["query_string"].decode("latin-1"))
-    return partial(
-        routes.events,
-        stream_id,
-        accept=headers.get("accept", "*/*"),
-        last_event_id=headers.get("last-event-id", ""),
-        last_event_id_in_query=query.get("last_event_id", [""])[0],
-    )
+    accept, cursor = headers.get("accept", "*/*"), headers.get("last-event-id", "")
+    in_query = query.get("last_event_id", [""])[-1]
+
+    async def watch(parts: Parts, watching: Watching) -> Response:
+        return await routes.events(stream_id, parts, watching, accept, cursor, in_query)
+
+    return watch
 
 
 def _ask(received: list[Message], scope: Scope) -> Route | None:
     headers = _headers(scope)
+    accept, key = headers.get("accept", "*/*"), headers.get("idempotency-key", "")
     on_disconnect = headers.get("x-on-disconnect", "continue")
-    idempotency_key = headers.get("idempotency-key", "")
-    if on_disconnect not in {"continue", "cancel"} or len(idempotency_key) > routes.LONGEST_KEY:
+    if on_disconnect not in {"continue", "cancel"} or len(key) > LONGEST_KEY:
         return None
     if "x-webhook-url" in headers:
         return None
@@ -95,14 +95,17 @@ def _ask(received: list[Message], scope: Scope) -> Route | None:
         body = ChatRequest.model_validate_json(b"".join(each.get("body", b"") for each in received))
     except ValidationError:
         return None
-    return partial(
-        routes.chat,
-        body,
-        webhook="",
-        accept=headers.get("accept", "*/*"),
-        idempotency_key=idempotency_key,
-        x_on_disconnect="cancel" if on_disconnect == "cancel" else "continue",
-    )
+
+    async def ask(parts: Parts, watching: Watching) -> Response:
+        asking = Asking(parts, watching, key, on_disconnect == "cancel")
+        return await routes.chat(body, asking, accept)
+
+    return ask
+
+
+def _parts(scope: Scope) -> Parts:
+    parts: Parts = scope["app"].state.parts
+    return parts
 
 
 def _headers(scope: Scope) -> Headers:
@@ -115,7 +118,7 @@ async def _body(scope: Scope, receive: Receive) -> list[Message]:
     """All of a body of JSON whose length is announced and allowed; nothing of any other."""
     headers = _headers(scope)
     length = headers.get("content-length", "")
-    limit = scope["app"].state.parts.settings.body_bytes
+    limit = _parts(scope).settings.body_bytes
     if headers.get("content-type") != "application/json" or not length.isdigit():
         return []
     if int(length) > limit:

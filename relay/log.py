@@ -97,7 +97,7 @@ class Log:
         self,
         request: dict[str, Any],
         *,
-        stream_id: str | None = None,
+        stream_id: str = "",
         recovery: Recovery = "restart",
         idempotency_key: str = "",
         digest: str = "",

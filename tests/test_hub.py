@@ -60,8 +60,9 @@ class Writer:
         self._next = 0
         self.stream_id = ""
 
-    async def create(self) -> str:
-        self.stream_id = (await self._log.create({"messages": []})).stream_id
+    async def create(self, stream_id: str = "") -> str:
+        created = await self._log.create({"messages": []}, stream_id=stream_id)
+        self.stream_id = created.stream_id
         return self.stream_id
 
     async def begin(self) -> None:
@@ -231,6 +232,63 @@ def check(log: list[Any], people: list[Person]) -> None:
         for before, after in pairwise(person.ids):
             # Strictly the next event; or, back on a log that began anew, the start it leads to.
             assert after == following[before] or after in starts
+
+
+# Streams that are watched from their birth.
+
+
+async def test_what_is_expected_is_whole_and_nothing_of_it_is_read(
+    hub: Hub, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch, "read")
+    feed = await hub.expect(new_stream_id())
+    writer = Writer(redis)
+    await writer.create(feed.stream_id)
+    await writer.begin()
+    await writer.say("early")
+    hub.born(feed)
+    await writer.finish()
+    async with watching(hub, feed.stream_id) as taker:
+        await taker.has(b"completed")
+    assert [frame.id for frame in taker.frames] == ["1-0", "1-1", "1-2"]
+    assert feed.events == await make_log(redis).read(feed.stream_id)
+    assert calls["read"] == 1, "that was ours"
+    hub.leave(feed)
+    assert hub.viewers() == {}
+
+
+@pytest.mark.parametrize("cut", ["before its birth", "after it"])
+async def test_what_is_expected_is_whole_though_the_connection_breaks(
+    hub: Hub, redis: Redis, cut: str
+) -> None:
+    feed = await hub.expect(new_stream_id())
+    writer = Writer(redis)
+    if cut == "before its birth":
+        await redis.client_kill_filter(_type="pubsub")
+    await writer.create(feed.stream_id)
+    await writer.begin()
+    await redis.client_kill_filter(_type="pubsub")
+    await writer.say("unheard")
+    hub.born(feed)
+    async with watching(hub, feed.stream_id) as taker:
+        await taker.has(b"unheard")
+        await writer.finish()
+        await taker.has(b"completed")
+    assert feed.events == await make_log(redis).read(feed.stream_id)
+    hub.leave(feed)
+
+
+async def test_nobody_looks_for_a_stream_that_is_not_born_yet(hub: Hub, redis: Redis) -> None:
+    feed = await hub.expect(new_stream_id())
+    await hub._catch_up(feed)
+    assert feed.gone is None
+    hub.leave(feed)
+
+    async def let_go() -> bool:
+        channel = keys.channel(feed.stream_id)
+        return bool(await redis.pubsub_numsub(channel) == [(channel.encode(), 0)])
+
+    await until(let_go)
 
 
 # Lost connections and gaps.

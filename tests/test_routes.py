@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from relay.ids import is_stream_id, new_stream_id
+from relay.ids import new_stream_id
 from relay.settings import MIB, Settings
 from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
 
@@ -276,17 +276,35 @@ async def test_redis_away_is_503_at_once_and_over_when_it_is_back(
     assert (await api.get(f"/streams/{stream_id}")).status_code == 200
 
 
-async def test_who_cannot_watch_what_it_created_is_told_its_id(
-    api: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+async def test_who_asks_and_watches_in_one_request_has_nothing_read(
+    stack: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def away(*_: object) -> None:
         raise RedisConnectionError
 
     monkeypatch.setattr("relay.log.Log.read", away)
     headers = {"accept": "text/event-stream"}
-    response = await api.post("/chat", json=asking(), headers=headers)
-    assert code(response, 503) == "redis_away"
-    assert is_stream_id(response.headers["x-stream-id"])
+    response = await stack.post("/chat", json=asking(chunks=3), headers=headers)
+    kinds = [line[7:] for line in response.text.split("\n") if line.startswith("event: ")]
+    assert (kinds[:2], kinds[-1]) == (["queued", "started"], "completed")
+
+
+async def test_who_repeats_a_request_watches_the_stream_that_stands(
+    stack: httpx2.AsyncClient,
+) -> None:
+    headers = {"accept": "text/event-stream", "idempotency-key": "once"}
+    first, again = [
+        await stack.post("/chat", json=asking(chunks=3), headers=headers) for _ in range(2)
+    ]
+    assert first.headers["x-stream-id"] == again.headers["x-stream-id"]
+    assert "event: completed" in again.text
+    assert "".join(text_in(again)) == "0 1 2 "
+
+
+def text_in(response: httpx2.Response) -> list[str]:
+    lines = response.text.split("\n")
+    data = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    return [each["text"] for each in data if "text" in each]
 
 
 async def test_health_and_readiness(api: httpx2.AsyncClient) -> None:

@@ -1,0 +1,112 @@
+"""Asking: how a stream is created, whichever API asks for it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from fastapi import Depends, Header
+from fastapi.exceptions import RequestValidationError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from api.chat_request import Asked
+from api.feed import Feed
+from api.hub import Watching
+from api.parts import Parts, PartsOfApp, WhileResponding
+from relay.errors import StreamGone
+from relay.ids import new_stream_id
+from relay.log import Created, Recovery
+from relay.logs import get_logger
+
+logger = get_logger("api")
+
+LONGEST_KEY = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a request says of its stream beside its body, by the same headers on every API."""
+
+    parts: Parts
+    watching: Watching
+    idempotency_key: str = ""
+    cancels: bool = False
+    """Whether the end of this very connection is to end the answer."""
+    webhook: str = ""
+
+    async def create(
+        self, asked: Asked, *also: object, recovery: Recovery = "restart", stream_id: str = ""
+    ) -> Created:
+        """A stream with its job in the queue. `also`: what else makes two requests differ under the
+        same Idempotency-Key. Raises as Log.create does, and BadRequest."""
+        if self.parts.hub.redis_away:
+            # At once: a Redis that hangs would cost each caller a time limit.
+            raise RedisConnectionError("Redis is away")
+        request, digest = asked.to_stored(*also, webhook=self.webhook)
+        created = await self.parts.log.create(
+            request,
+            stream_id=stream_id,
+            recovery=recovery,
+            idempotency_key=self.idempotency_key,
+            digest=digest,
+            webhook=self.webhook,
+        )
+        logger.info("stream_created", stream=created.stream_id, repeated=created.repeated)
+        return created
+
+    async def begin(self, asked: Asked, *also: object, recovery: Recovery = "restart") -> Feed:
+        """As `create`, and watch it, from its birth on."""
+        feed = await self.watching.expect(new_stream_id())
+        created = await self.create(asked, *also, recovery=recovery, stream_id=feed.stream_id)
+        if created.repeated:
+            self.watching.end()
+            return await self.watching.feed(created.stream_id)
+        self.parts.hub.born(feed)
+        return feed
+
+    def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:
+        """What is to be done when the client leaves before the end."""
+        return partial(self._cancel, feed.stream_id) if self.cancels else None
+
+    async def _cancel(self, stream_id: str) -> None:
+        try:
+            await self.parts.log.cancel(stream_id)
+        except (RedisError, StreamGone) as error:  # Nobody is there to hear of it.
+            logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
+
+
+async def _asking(
+    parts: PartsOfApp,
+    watching: WhileResponding,
+    idempotency_key: Annotated[
+        str,
+        Header(
+            max_length=LONGEST_KEY, description="The same key and body lead to the same stream."
+        ),
+    ] = "",
+    x_on_disconnect: Annotated[
+        Literal["continue", "cancel"],
+        Header(description="What the end of this very connection means for the answer."),
+    ] = "continue",
+    x_webhook_url: Annotated[
+        str | None,
+        Header(
+            description="Is told by a POST when the answer has ended: see the webhook. Its host is "
+            "one of RELAY_WEBHOOK_HOSTS."
+        ),
+    ] = None,
+) -> Asking:
+    if x_webhook_url is not None:
+        try:
+            parts.webhooks.target(x_webhook_url)
+        except ValueError as error:
+            where = ("header", "x-webhook-url")
+            refused = {"type": "value_error", "loc": where, "msg": str(error), "input": None}
+            raise RequestValidationError([refused]) from None
+    return Asking(
+        parts, watching, idempotency_key, x_on_disconnect == "cancel", x_webhook_url or ""
+    )
+
+
+AskingOfRequest = Annotated[Asking, Depends(_asking)]

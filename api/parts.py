@@ -1,0 +1,85 @@
+"""What the routes of every API work with."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, TypedDict
+
+from fastapi import Depends, Request
+
+from api.feed import Feed
+from api.hub import Hub, Watching
+from api.presence import Presence
+from relay.log import Log
+from relay.settings import Settings
+from relay.webhooks import Webhooks
+
+ANY_MODEL = "chat-relay"
+
+
+class Pace(TypedDict):
+    """The times of a long response, as its class takes them."""
+
+    heartbeat_seconds: float
+    write_seconds: float
+    drain_seconds: float
+
+
+class Parts:
+    """One per process, in `app.state.parts`."""
+
+    def __init__(
+        self, settings: Settings, log: Log, hub: Hub, presence: Presence, webhooks: Webhooks
+    ) -> None:
+        self.settings = settings
+        self.webhooks = webhooks
+        self.log = log
+        self.hub = hub
+        self.presence = presence
+        self.pace: Pace = {
+            "heartbeat_seconds": settings.heartbeat_seconds,
+            "write_seconds": settings.write_seconds,
+            "drain_seconds": settings.drain_seconds,
+        }
+
+    @property
+    def model(self) -> str:
+        """The public name of the one model: the upstream's, where this process knows it."""
+        upstream = self.settings.upstream
+        return upstream.model if upstream else ANY_MODEL
+
+
+# Async though it waits for nothing: FastAPI runs plain functions in a thread, at the price of a
+# millisecond.
+async def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+PartsOfApp = Annotated[Parts, Depends(_parts)]
+
+
+async def _watching(parts: PartsOfApp) -> AsyncIterator[Watching]:
+    """Ended when the response has been sent."""
+    watching = Watching(parts.hub)
+    try:
+        yield watching
+    finally:
+        watching.end()
+
+
+WhileResponding = Annotated[Watching, Depends(_watching)]
+
+
+async def until_ended(request: Request, parts: Parts, feed: Feed) -> None:
+    """Return when the answer has ended, the client has left, or this process drains."""
+    left = asyncio.ensure_future(_left(request))
+    try:
+        while not (feed.ended or left.done() or parts.hub.draining):
+            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
+    finally:
+        left.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,120 @@
+"""The shortcut gives the answers that FastAPI's stack gives, to good requests and to bad ones."""
+
+import json
+import re
+from typing import Any
+
+import httpx2
+import pytest
+
+from api import shortcut
+from emulator.script import prompt
+from relay.ids import new_stream_id
+from relay.settings import Settings
+from tests.conftest import ask, changed, running_api, running_worker
+
+JSON = {"content-type": "application/json"}
+QUESTION = {"messages": [{"role": "user", "content": prompt(chunks=3)}]}
+EVENTS = {"accept": "text/event-stream"}
+ID = re.compile(rb"[a-z2-7]{32}|chatcmpl-emulator\d+|\"created\":\d+")
+
+
+def asked(body: Any = QUESTION, **headers: str) -> tuple[str, str, dict[str, str], bytes]:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return "POST", "/chat", JSON | named, content
+
+
+ASKED = {
+    "plain": asked(),
+    "watched": asked(accept="text/event-stream"),
+    "as text": asked(accept="text/plain;q=0.9, */*"),
+    "with a charset": asked(content_type="application/json; charset=utf-8"),
+    "every field": asked(
+        {**QUESTION, "temperature": 0.5, "stop": ["x"], "logit_bias": {"1": 2}, "recovery": "fail"}
+    ),
+    "half an emoji": asked(b'{"messages":[{"role":"user","content":"\\ud83d"}]}'),
+    "a whole number for a broken one": asked({**QUESTION, "temperature": 1}),
+    "no JSON": asked(b"{"),
+    "no object": asked(b"[]"),
+    "nothing": asked(b""),
+    "not UTF-8": asked(b'{"messages":[{"role":"user","content":"\xff"}]}'),
+    "not a number": asked(b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}'),
+    "nested": asked(b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}"),
+    "an unknown field": asked({**QUESTION, "sing": True}),
+    "a wrong field": asked({**QUESTION, "temperature": "hot"}),
+    "a text for a number": asked({**QUESTION, "temperature": "1"}),
+    "no messages": asked({"messages": []}),
+    "not announced as JSON": asked(content_type="text/plain"),
+    "too long": asked({**QUESTION, "user": "x" * 20_000}),
+    "a long key": asked(idempotency_key="x" * 256),
+    "a wrong header": asked(x_on_disconnect="explode"),
+    "a webhook where there are none": asked(x_webhook_url="https://example.com/"),
+}
+UNKNOWN, GONE = "a" * 32, new_stream_id()
+WATCHED = {
+    "from the start": ("", {}),
+    "as events": ("", EVENTS),
+    "as text": ("", {"accept": "text/plain"}),
+    "after a cursor": ("", {"last-event-id": "1-2"}),
+    "after one in the query": ("?last_event_id=1-2", {}),
+    "after both": ("?last_event_id=1-1", {"last-event-id": "1-3"}),
+    "of which one is empty": ("?last_event_id=1-1", {"last-event-id": ""}),
+    "with all": ("", {"last-event-id": "1-7"}),
+    "after no cursor": ("", {"last-event-id": "one"}),
+    "with a query of others": ("?x=1&last_event_id=1-2&last_event_id=1-3", {}),
+}
+
+
+def alike(response: httpx2.Response) -> Any:
+    """All but what is of each request."""
+    headers = {k: v for k, v in response.headers.items() if k not in {"date", "content-length"}}
+    return response.status_code, ID.sub(b"", str(headers).encode()), ID.sub(b"", response.content)
+
+
+@pytest.fixture
+def both(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A request's answers with the shortcut and without."""
+
+    async def ask_both(request: Any) -> tuple[Any, Any]:
+        small = changed(settings, body_bytes=16_384)
+        async with running_api(small) as http, running_worker(small):
+            method, path, headers, content = request
+            if "ID" in path:
+                path = path.replace("ID", await finished(http))
+            answers = []
+            for patched in ({}, {"_ask": None, "_watch": None}):
+                with monkeypatch.context() as patch:
+                    for name in patched:
+                        patch.setattr(shortcut, name, lambda *_: None)
+                    options = {"headers": headers, "content": content}
+                    answers.append(alike(await http.request(method, path, **options)))
+        return answers[0], answers[1]
+
+    return ask_both
+
+
+async def finished(http: httpx2.AsyncClient) -> str:
+    stream_id = await ask(http, chunks=3)
+    await http.get(f"/streams/{stream_id}/events", headers=EVENTS)
+    return stream_id
+
+
+@pytest.mark.parametrize("name", ASKED)
+async def test_a_question_is_answered_alike(name: str, both: Any) -> None:
+    short, long = await both(ASKED[name])
+    assert short == long
+
+
+@pytest.mark.parametrize("name", WATCHED)
+async def test_a_viewer_is_shown_the_same(name: str, both: Any) -> None:
+    query, headers = WATCHED[name]
+    short, long = await both(("GET", f"/streams/ID/events{query}", headers, b""))
+    assert short == long
+
+
+@pytest.mark.parametrize("stream_id", [UNKNOWN, GONE, "x", "%2E%2E"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, both: Any) -> None:
+    short, long = await both((method, f"/streams/{stream_id}/events", {}, b""))
+    assert short == long
