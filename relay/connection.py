@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import (
@@ -15,10 +15,10 @@ from redis.asyncio.connection import (
     parse_url,
 )
 from redis.commands.core import AsyncScript
-from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.typing import EncodableT
+
+from relay.pipe import Pipe
 
 # So short that a worker whose connection hangs can renew its lease by another in time.
 ANSWER_SECONDS = 2.0
@@ -27,7 +27,7 @@ WAIT_SECONDS = 2
 
 
 def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_SECONDS) -> Redis:
-    """A client whose every call ends: bounded connections, each with time limits."""
+    """A client whose every call ends: few connections, each with time limits."""
     options: dict[str, Any] = dict(parse_url(url))
     kind = options.pop("connection_class", Connection)
     pool = _Pool(
@@ -38,7 +38,10 @@ def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_S
         socket_timeout=answer_seconds,
         socket_connect_timeout=CONNECT_SECONDS,
     )
-    return Redis.from_pool(pool)
+    redis = Piped(connection_pool=pool)
+    redis.auto_close_connection_pool = True
+    redis.answer_seconds = answer_seconds
+    return redis
 
 
 def script(redis: Redis, name: str) -> AsyncScript:
@@ -60,22 +63,93 @@ class _Pool(BlockingConnectionPool):
         await super().release(connection)
 
 
+class Piped(Redis):
+    """A client whose commands share one connection, which is opened when it is needed.
+
+    redis-py would take one from the pool for each command, by locks and timers that cost five times
+    the command, and lose it with a caller that is cancelled. Its pool is left for transactions.
+    """
+
+    _pipe: Pipe | None = None
+    _opening: asyncio.Task[Pipe] | None = None
+    answer_seconds = ANSWER_SECONDS
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Raises RedisError; TimeoutError among those if the answer takes too long."""
+        pipe = self._pipe
+        if pipe is None or pipe.closed:
+            pipe = await self._open()
+        try:
+            async with asyncio.timeout(self.answer_seconds):
+                response = await pipe.call(*args)
+        except TimeoutError:
+            # What is sent later is answered later still.
+            pipe.close()
+            raise RedisTimeoutError("Redis does not answer") from None
+        except asyncio.CancelledError:
+            if args[0] in _BLOCKING:
+                # It would go on waiting, and take what is meant for others.
+                pipe.close()
+            raise
+        options.pop("keys", None)  # For a cache that is not used here.
+        callback = self.response_callbacks.get(args[0])
+        return response if callback is None else callback(response, **options)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._pipe is not None:
+            self._pipe.close()
+            await asyncio.wait([self._pipe.lost])
+        await super().aclose(close_connection_pool)
+
+    async def _open(self) -> Pipe:
+        """Whoever needs it while it is being opened waits for the same attempt."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._opened())
+            self._opening.add_done_callback(self._is_open)
+        return await asyncio.shield(self._opening)
+
+    async def _opened(self) -> Pipe:
+        return Pipe(await open_connection(self))
+
+    def _is_open(self, opening: asyncio.Task[Pipe]) -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._pipe = opening.result()
+
+
+_BLOCKING = frozenset({"BLPOP"})
+
+
+async def open_connection(redis: Redis) -> "Lean":
+    """A connection of one's own, signed in, beside those of a client. Raises RedisError."""
+    connection: Lean = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.connect()  # type: ignore[no-untyped-call]
+    except BaseException:
+        connection.let_go()
+        raise
+    return connection
+
+
 class Lean(AbstractConnection):
     """redis-py bounds a write by asyncio.wait_for, which on Python 3.11 returns a result that came
     together with a cancel, and forgets the cancel: a task in a loop of calls would never end."""
 
-    def pack_command(self, *args: EncodableT) -> list[bytes]:
-        """By hiredis, as the synchronous redis-py has it: an append has many arguments."""
-        return _packer.pack(*args)  # type: ignore[no-any-return, arg-type]
+    def hand_over(self, to: asyncio.Protocol) -> asyncio.Transport:
+        assert self._writer is not None  # noqa: S101
+        transport: Any = self._writer.transport
+        transport.set_protocol(to)
+        return cast(asyncio.Transport, transport)
 
-    async def read_message(self) -> Any:
-        """The next thing that Redis says, however long that takes: a time limit of its own would
-        cost each message of a channel more than all else."""
-        parser: Any = self._parser
-        try:
-            return await parser.read_response()
-        except OSError as error:
-            raise RedisConnectionError(f"the connection broke: {error}") from error
+    def let_go(self) -> None:
+        self._close()  # type: ignore[no-untyped-call]
+
+    def error(self, text: str) -> Exception:
+        meant: Exception = self._parser.parse_error(text)  # type: ignore[no-untyped-call]
+        return meant
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True
@@ -102,9 +176,6 @@ class Lean(AbstractConnection):
             # Half a command may be on its way: the connection cannot be used again.
             await self.disconnect(nowait=True)
             raise
-
-
-_packer = HiredisRespSerializer()
 
 
 class _Tcp(Lean, Connection):

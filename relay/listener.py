@@ -2,20 +2,46 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
-from relay.connection import Lean
+from relay.connection import open_connection
 from relay.logs import get_logger
+from relay.pipe import Opened, Replies
 
 logger = get_logger("listener")
 
 SILENCE_SECONDS = 1.0
 """After this long without a word from Redis it is asked for one; after twice that the connection
-is given up. redis-py sends PING but never misses the answer: half-open would mean for ever."""
+is given up: half-open would mean for ever."""
 RECONNECT_SECONDS = 0.2
+
+
+class _Ear(Replies):
+    """A connection that hears channels."""
+
+    def __init__(
+        self,
+        connection: Opened,
+        on_message: Callable[[str, bytes], None],
+        on_subscribed: Callable[[str], None],
+    ) -> None:
+        self.heard = 0
+        self._on_message = on_message
+        self._on_subscribed = on_subscribed
+        super().__init__(connection)
+
+    def take(self, reply: Any) -> None:
+        self.heard += 1
+        if isinstance(reply, RedisError):
+            logger.warning("channel_refused", error=type(reply).__name__)
+            self.close()
+        elif reply[0] == b"message":
+            self._on_message(reply[1].decode(), reply[2])
+        elif reply[0] == b"subscribe":
+            self._on_subscribed(reply[1].decode())
 
 
 class Listener:
@@ -37,111 +63,87 @@ class Listener:
         self._on_message = on_message
         self._on_subscribed = on_subscribed
         self._on_lost = on_lost
-        self._pubsub: PubSub | None = None
+        self._ear: _Ear | None = None
         self._added: set[str] = set()
         self._dropped: set[str] = set()
-        self._changed = asyncio.Event()
-        self._heard = 0
         self.away = False
         """Whether Redis fell silent or refuses new connections; a cut alone does not say so."""
 
     @property
     def connected(self) -> bool:
-        return self._pubsub is not None
+        return self._ear is not None
 
     def add(self, channel: str) -> None:
         """Subscribe, together with whatever else is added now; `on_subscribed` tells when it
         stands, also for a channel that is subscribed already."""
         self._channels.add(channel)
         self._dropped.discard(channel)
-        self._added.add(channel)
-        self._changed.set()
+        self._change(self._added, channel)
 
     def drop(self, channel: str) -> None:
         self._channels.discard(channel)
         self._added.discard(channel)
-        self._dropped.add(channel)
-        self._changed.set()
+        self._change(self._dropped, channel)
 
     async def run(self) -> None:
         """Listen until cancelled, across every loss of the connection."""
         while True:
             try:
-                async with self._redis.pubsub() as pubsub:
-                    try:
-                        await self._subscribe(pubsub)
-                        await self._hear(pubsub)
-                    finally:
-                        self._pubsub = None
+                await self._hear(await self._connect())
             except (RedisError, OSError) as error:
                 logger.warning("channel_lost", error=type(error).__name__)
             finally:
                 self._on_lost()
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def _subscribe(self, pubsub: PubSub) -> None:
-        self._added.clear()
-        self._dropped.clear()
+    async def _connect(self) -> _Ear:
         try:
-            await pubsub.subscribe(*self._channels)
+            connection = await open_connection(self._redis)
         except (RedisError, OSError):
             self.away = True
             raise
-        self._pubsub = pubsub
         self.away = False
+        return _Ear(connection, self._on_message, self._on_subscribed)
 
-    async def _hear(self, pubsub: PubSub) -> None:
-        """Raises RedisError or OSError when the connection breaks or Redis falls silent."""
-        parts = {
-            asyncio.create_task(part(pubsub))
-            for part in (self._read, self._follow_changes, self._await_silence)
-        }
+    async def _hear(self, ear: _Ear) -> None:
+        """Raises OSError when the connection breaks or Redis falls silent."""
+        self._added.clear()
+        self._dropped.clear()
+        self._ear = ear
         try:
-            ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in ended:
-                part.result()
+            ear.send("SUBSCRIBE", *self._channels)
+            await self._until_silent(ear)
         finally:
-            for part in parts:
-                part.cancel()
-            # Until they have ended they may write on a connection that goes back to the pool, and
-            # a late subscription would go with it to whoever takes it next.
-            await asyncio.wait(parts)
+            self._ear = None
+            ear.close()
 
-    async def _read(self, pubsub: PubSub) -> None:
-        connection = pubsub.connection
-        assert isinstance(connection, Lean)  # noqa: S101
-        while True:
-            # PubSub.get_message would give each a time limit and a dictionary, at four times the
-            # cost of reading it.
-            message = await connection.read_message()
-            self._heard += 1
-            if message[0] == b"message":
-                self._on_message(message[1].decode(), message[2])
-            elif (told := await pubsub.handle_message(message))["type"] == "subscribe":
-                self._on_subscribed(told["channel"].decode())
-
-    async def _follow_changes(self, pubsub: PubSub) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            added, self._added = self._added, set()
-            dropped, self._dropped = self._dropped, set()
-            if added:
-                await pubsub.subscribe(*added)
-            if dropped:
-                await pubsub.unsubscribe(*dropped)
-
-    async def _await_silence(self, pubsub: PubSub) -> None:
+    async def _until_silent(self, ear: _Ear) -> None:
         silent = False
-        while True:
-            heard = self._heard
-            await asyncio.sleep(SILENCE_SECONDS)
+        while not ear.lost.done():
+            heard = ear.heard
+            await asyncio.wait({ear.lost}, timeout=SILENCE_SECONDS)
             # Counted, not timed: a loop that was busy for long has only not looked.
-            if self._heard != heard:
+            if ear.heard != heard:
                 silent = False
             elif not silent:
                 silent = True
-                await pubsub.ping()
+                ear.send("PING")
             else:
                 self.away = True
                 raise ConnectionError("Redis has fallen silent")
+        raise ConnectionError("the connection broke")
+
+    def _change(self, which: set[str], channel: str) -> None:
+        if not (self._added or self._dropped):
+            asyncio.get_running_loop().call_soon(self._send_changes)
+        which.add(channel)
+
+    def _send_changes(self) -> None:
+        added, self._added = self._added, set()
+        dropped, self._dropped = self._dropped, set()
+        if self._ear is None:
+            return
+        if added:
+            self._ear.send("SUBSCRIBE", *added)
+        if dropped:
+            self._ear.send("UNSUBSCRIBE", *dropped)

@@ -534,7 +534,11 @@ async def test_a_round_that_redis_refuses_is_followed_by_the_next(
         await redis.delete(keys.QUEUE, keys.LEASES)
         stream_id = await create(log, chunks=3)
         assert (await whole(redis, log, stream_id))[-1].kind == "completed"
-        assert worker.jobs_complete == 1
+
+        async def is_counted() -> bool:
+            return worker.jobs_complete == 1
+
+        await until(is_counted)
 
 
 async def waiting_for_calls(redis: Redis, calls: int) -> None:

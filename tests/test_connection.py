@@ -1,15 +1,17 @@
 import asyncio
 from importlib import resources
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
+from relay import keys
 from relay.connection import connect, script
-from tests.conftest import make_claims
+from tests.conftest import make_claims, until
 
 SCRIPTS = [
     file.name.removesuffix(".lua")
@@ -37,17 +39,105 @@ async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
                 await redis.ping()
 
 
-async def test_a_call_does_not_wait_for_a_free_connection_for_ever(
+async def test_a_transaction_does_not_wait_for_a_free_connection_for_ever(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.connection.WAIT_SECONDS", 0.05)
     async with connect(redis_server.url, connections=1) as redis, asyncio.timeout(2):
-        blocking = asyncio.create_task(make_claims(redis).wake(redis, 0.2))
-        await asyncio.sleep(0)  # It takes the only connection.
+        taken = await redis.connection_pool.get_connection()
         with pytest.raises(RedisConnectionError, match="No connection available"):
-            await redis.ping()
-        await blocking
-        assert await redis.ping()
+            await transaction(redis)
+        await redis.connection_pool.release(taken)
+        assert await transaction(redis) == [True]
+
+
+async def transaction(redis: Redis) -> list[Any]:
+    async with redis.pipeline() as pipe:
+        pipe.ping()
+        answers: list[Any] = await pipe.execute()
+        return answers
+
+
+async def test_of_many_calls_at_once_each_has_its_own_answer(
+    redis_server: RedisServer,
+) -> None:
+    async with connect(redis_server.url) as redis:
+        texts = [str(number) for number in range(500)]
+        answers = await asyncio.gather(*(redis.echo(text) for text in texts))
+        assert [answer.decode() for answer in answers] == texts
+
+
+async def test_a_caller_that_is_cancelled_disturbs_no_other(redis: Redis) -> None:
+    await redis.ping()
+    pipe = redis._pipe  # type: ignore[attr-defined]
+    calls = [asyncio.ensure_future(redis.echo(str(number))) for number in range(100)]
+    await asyncio.sleep(0)
+    for call in calls[::2]:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert [call.result() for call in calls[1::2]] == [b"%d" % n for n in range(1, 100, 2)]
+    assert redis._pipe is pipe  # type: ignore[attr-defined]
+
+
+async def test_who_waits_for_a_token_no_longer_leaves_it_to_others(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    claims = make_claims(redis)
+    async with connect(redis_server.url) as hasty:
+        waiting = asyncio.create_task(claims.wake(hasty, 5))
+        await until(lambda: is_blocked(redis))
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await redis.execute_command("RPUSH", keys.WAKE, "1")  # type: ignore[no-untyped-call]
+        assert await redis.type(keys.WAKE) == b"list"
+
+
+async def is_blocked(redis: Redis) -> bool:
+    return bool((await redis.info("clients"))["blocked_clients"])
+
+
+async def test_an_error_is_that_of_its_call_alone(redis: Redis) -> None:
+    await redis.set("text", "x")
+    wrong, right = await asyncio.gather(
+        redis.incr("text"), redis.get("text"), return_exceptions=True
+    )
+    assert isinstance(wrong, ResponseError)
+    assert right == b"x"
+
+
+async def test_a_connection_that_breaks_is_told_to_all_who_wait_and_made_anew(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url) as ours:
+        number = await ours.client_id()
+        await redis.client_pause(1000, all=False)  # What writes has to wait.
+        calls = [asyncio.ensure_future(ours.incr("n")) for _ in range(10)]
+        await until(lambda: is_blocked(redis))
+        await redis.client_kill_filter(_id=str(number))
+        await asyncio.wait(calls)
+        assert {type(call.exception()) for call in calls} == {RedisConnectionError}
+        await redis.client_unpause()
+        assert await ours.client_id() != number
+
+
+async def test_callers_that_come_together_open_one_connection(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url) as ours:
+        numbers = await asyncio.gather(*(ours.client_id() for _ in range(20)))
+    assert len(set(numbers)) == 1
+
+
+async def test_an_answer_that_takes_too_long_ends_the_connection(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url, answer_seconds=0.05) as ours:
+        number = await ours.client_id()
+        await redis.client_pause(200)
+        with pytest.raises(RedisTimeoutError):
+            await ours.ping()
+        await redis.client_unpause()
+        assert await ours.client_id() != number
 
 
 async def test_a_redis_that_is_away_is_a_redis_error() -> None:

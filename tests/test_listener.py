@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 
 from relay.connection import connect
 from relay.listener import Listener
@@ -157,28 +156,6 @@ async def test_a_channel_may_be_added_and_dropped_while_the_connection_breaks(
         while await subscribers(redis, "c") + await subscribers(redis, "a") < 2:
             await ear.next()
         assert await subscribers(redis, "b") == 0
-
-
-async def test_a_channel_added_while_the_connection_closes_takes_no_other_connection(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What subscribes on a connection that goes back into the pool spoils it for everybody."""
-    ear = Ear(redis, "a")
-    close = PubSub.aclose
-
-    async def close_while_a_viewer_comes(pubsub: PubSub) -> None:
-        monkeypatch.setattr(PubSub, "aclose", close)
-        ear.listener.add("b")
-        await close(pubsub)  # type: ignore[no-untyped-call]
-
-    monkeypatch.setattr(PubSub, "aclose", close_while_a_viewer_comes)
-    async with running(ear.listener):
-        await ear.next()
-        await kill_subscribers(redis)
-        lost, *subscribed = await ear.next(3)
-        assert lost == ("lost",)
-        assert set(subscribed) == {("subscribed", "a"), ("subscribed", "b")}
-        assert await subscribers(redis, "b") == 1
 
 
 async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(

@@ -78,6 +78,7 @@ class ClaimingWorker(Worker):
             handle_signals=handle_signals,
         )
         self._claims = claims
+        self._redis = redis
         self._patient_redis = patient_redis
         self._lease_seconds = lease_seconds
         self._deliveries = deliveries
@@ -122,7 +123,7 @@ class ClaimingWorker(Worker):
             await self._hand_over(job.claim)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
-        await self.pool.aclose(close_connection_pool=True)
+        await self._redis.aclose(close_connection_pool=True)
         await self._patient_redis.aclose(close_connection_pool=True)
 
     def _finish_deliveries(self) -> None:

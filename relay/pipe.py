@@ -1,0 +1,104 @@
+"""Connections to Redis whose replies are taken as they come, by no task that waits for them."""
+
+import asyncio
+from collections import deque
+from typing import Any, Protocol
+
+import hiredis
+from redis.connection import HiredisRespSerializer
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.typing import EncodableT
+
+_packer = HiredisRespSerializer()
+_INCOMPLETE = object()
+
+
+def pack(*command: EncodableT) -> bytes:
+    packed: bytes
+    [packed] = _packer.pack(*command)  # type: ignore[arg-type]
+    return packed
+
+
+class Opened(Protocol):
+    """A connection that redis-py has opened and signed in."""
+
+    def hand_over(self, to: asyncio.Protocol) -> asyncio.Transport:
+        """Let another protocol have all that comes from now on."""
+
+    def let_go(self) -> None:
+        """Close it."""
+
+    def error(self, text: str) -> Exception:
+        """What Redis means by an error reply."""
+
+
+class Replies(asyncio.Protocol):
+    """What comes on a connection goes to `take`, reply by reply; what is sent goes at once."""
+
+    def __init__(self, connection: Opened) -> None:
+        self._connection = connection
+        self._reader = hiredis.Reader(replyError=connection.error, notEnoughData=_INCOMPLETE)
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport = connection.hand_over(self)
+
+    def take(self, reply: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def closed(self) -> bool:
+        return self._transport.is_closing()
+
+    def send(self, *command: EncodableT) -> None:
+        self._transport.write(pack(*command))
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while (reply := self._reader.gets()) is not _INCOMPLETE:
+            self.take(reply)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._connection.let_go()
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+
+class Pipe(Replies):
+    """Commands of many callers on one connection: each is sent at once, and Redis answers in their
+    order. A caller that is cancelled costs nothing but its answer."""
+
+    def __init__(self, connection: Opened) -> None:
+        self._calls: deque[asyncio.Future[Any]] = deque()
+        super().__init__(connection)
+
+    def call(self, *command: EncodableT) -> asyncio.Future[Any]:
+        """The answer. Its exception is a RedisError."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self.closed:
+            answer.set_exception(_broken())
+        else:
+            self.send(*command)
+            self._calls.append(answer)
+        return answer
+
+    def take(self, reply: Any) -> None:
+        answer = self._calls.popleft()
+        if answer.done():
+            return  # Nobody waits for it any more.
+        if isinstance(reply, Exception):
+            answer.set_exception(reply)
+        else:
+            answer.set_result(reply)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        for answer in self._calls:
+            if not answer.done():
+                answer.set_exception(_broken())
+        self._calls.clear()
+
+
+def _broken() -> RedisConnectionError:
+    return RedisConnectionError("the connection broke")
