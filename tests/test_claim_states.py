@@ -221,7 +221,7 @@ class Streams(RuleBasedStateMachine):
         self.run(self._forget(stream_id))
         stream.holder, stream.cancel_asked, stream.begun = None, False, False
         stream.tries -= 1
-        self.now_ms += 100  # It takes longer than that to come back.
+        self.now_ms += 101  # It takes longer than a tenth of a second to come back.
 
     async def _remove(self, *names: str) -> None:
         await self.redis.delete(*names)
