@@ -5,6 +5,7 @@ import sys
 from api.app import create_app
 from api.server import create_server
 from relay.errors import ConfigurationError
+from relay.heap import spare_the_collector
 from relay.logs import configure_logs
 from relay.settings import load_settings
 
@@ -17,6 +18,7 @@ def main() -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
         return 2
+    spare_the_collector()
     server.run()
     return 0 if server.started else 1
 

@@ -57,12 +57,12 @@ class Asking:
 
     async def begin(self, asked: Asked, *also: object, recovery: Recovery = "restart") -> Feed:
         """As `create`, and watch it, from its birth on."""
-        feed = await self.watching.expect(new_stream_id())
+        feed = self.watching.expect(new_stream_id())
         created = await self.create(asked, *also, recovery=recovery, stream_id=feed.stream_id)
         if created.repeated:
             self.watching.end()
             return await self.watching.feed(created.stream_id)
-        self.parts.hub.born(feed)
+        self.parts.hub.born(feed, heard=created.heard)
         return feed
 
     def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:

@@ -93,7 +93,7 @@ class Hub:
             raise
         return feed
 
-    async def expect(self, stream_id: str) -> Feed:
+    def expect(self, stream_id: str) -> Feed:
         """The feed of a stream that is about to be born; say so when it is (`born`), then `leave`.
 
         It hears of everything from the birth on, so that nothing has to be read.
@@ -102,17 +102,14 @@ class Hub:
         self._unborn.add(feed)
         feed.add([BIRTH])
         feed.viewers += 1
-        try:
-            await self._subscribe(feed)
-        except BaseException:
-            self.leave(feed)
-            raise
+        self._listener.add(keys.channel(stream_id))
         return feed
 
-    def born(self, feed: Feed) -> None:
+    def born(self, feed: Feed, *, heard: bool) -> None:
+        """`heard`: whether its channel had a subscriber at its birth (Created.heard)."""
         self._unborn.discard(feed)
-        if feed in self._stale:
-            self._start(self._catch_up(feed))
+        if not heard or feed in self._stale:
+            self._start(self._overtake(feed))
 
     def leave(self, feed: Feed) -> None:
         feed.viewers -= 1
@@ -163,6 +160,11 @@ class Hub:
                 self._let_go(feed)
             elif feed in self._stale:
                 self._start(self._catch_up(feed))
+
+    async def _overtake(self, feed: Feed) -> None:
+        """Of one that was born before its channel stood."""
+        await self._subscribe(feed)
+        await self._catch_up(feed)
 
     async def _catch_up(self, feed: Feed) -> None:
         """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
@@ -221,7 +223,7 @@ class Hub:
         """What was published before the subscription stood is only in the log."""
         if stands := self._subscribing.pop(channel, None):
             settle(stands, True)
-        elif feed := self._feed_of(channel):
+        elif (feed := self._feed_of(channel)) and feed not in self._unborn:
             self._start(self._catch_up(feed))
 
     def _heard(self, channel: str, message: bytes) -> None:
@@ -239,6 +241,7 @@ class Hub:
     def _lost(self) -> None:
         """What is erased from now on goes unheard here, so nothing may be kept."""
         self._finished.clear()
+        self._stale |= self._unborn
         for stands in self._subscribing.values():
             settle(stands, False)
         self._subscribing.clear()
@@ -293,9 +296,9 @@ class Watching:
         self._feeds.append(feed)
         return feed
 
-    async def expect(self, stream_id: str) -> Feed:
+    def expect(self, stream_id: str) -> Feed:
         """As `Hub.expect`."""
-        feed = await self._hub.expect(stream_id)
+        feed = self._hub.expect(stream_id)
         self._feeds.append(feed)
         return feed
 

@@ -20,6 +20,7 @@ from api.parts import Parts
 from api.problems import answer_to
 from relay.ids import is_stream_id
 from relay.logs import get_logger
+from relay.turnstile import Turnstile
 
 logger = get_logger("api")
 
@@ -34,6 +35,7 @@ class Shortcut:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._turnstile = Turnstile()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = None
@@ -41,6 +43,7 @@ class Shortcut:
             case "GET", path if path.startswith(_BEFORE) and path.endswith(_AFTER):
                 route = _watch(path[len(_BEFORE) : -len(_AFTER)], scope)
             case "POST", "/chat":
+                await self._turnstile.passed()
                 received = await _body(scope, receive)
                 route = _ask(received, scope)
                 receive = _again(received, receive)

@@ -64,8 +64,6 @@ class Listener:
         self._on_subscribed = on_subscribed
         self._on_lost = on_lost
         self._ear: _Ear | None = None
-        self._added: set[str] = set()
-        self._dropped: set[str] = set()
         self.away = False
         """Whether Redis fell silent or refuses new connections; a cut alone does not say so."""
 
@@ -74,16 +72,16 @@ class Listener:
         return self._ear is not None
 
     def add(self, channel: str) -> None:
-        """Subscribe, together with whatever else is added now; `on_subscribed` tells when it
-        stands, also for a channel that is subscribed already."""
+        """Subscribe, before whatever is asked of Redis next; `on_subscribed` tells when it stands,
+        also for a channel that is subscribed already."""
         self._channels.add(channel)
-        self._dropped.discard(channel)
-        self._change(self._added, channel)
+        if self._ear is not None:
+            self._ear.send("SUBSCRIBE", channel)
 
     def drop(self, channel: str) -> None:
         self._channels.discard(channel)
-        self._added.discard(channel)
-        self._change(self._dropped, channel)
+        if self._ear is not None:
+            self._ear.send("UNSUBSCRIBE", channel)
 
     async def run(self) -> None:
         """Listen until cancelled, across every loss of the connection."""
@@ -107,8 +105,6 @@ class Listener:
 
     async def _hear(self, ear: _Ear) -> None:
         """Raises OSError when the connection breaks or Redis falls silent."""
-        self._added.clear()
-        self._dropped.clear()
         self._ear = ear
         try:
             ear.send("SUBSCRIBE", *self._channels)
@@ -132,18 +128,3 @@ class Listener:
                 self.away = True
                 raise ConnectionError("Redis has fallen silent")
         raise ConnectionError("the connection broke")
-
-    def _change(self, which: set[str], channel: str) -> None:
-        if not (self._added or self._dropped):
-            asyncio.get_running_loop().call_soon(self._send_changes)
-        which.add(channel)
-
-    def _send_changes(self) -> None:
-        added, self._added = self._added, set()
-        dropped, self._dropped = self._dropped, set()
-        if self._ear is None:
-            return
-        if added:
-            self._ear.send("SUBSCRIBE", *added)
-        if dropped:
-            self._ear.send("UNSUBSCRIBE", *dropped)

@@ -32,6 +32,8 @@ class Created(NamedTuple):
     stream_id: str
     repeated: bool
     """Whether the Idempotency-Key led to a stream that stood already."""
+    heard: bool = False
+    """Whether its channel had a subscriber when it was born."""
 
 
 class Batch(NamedTuple):
@@ -118,6 +120,7 @@ class Log:
             keys=[
                 keys.log(stream_id),
                 keys.state(stream_id),
+                keys.channel(stream_id),
                 keys.job(stream_id),
                 keys.QUEUE,
                 keys.WAKE,
@@ -144,7 +147,8 @@ class Log:
                 raise IdempotencyConflict(
                     "This Idempotency-Key came with another body before: use a new key."
                 )
-        return Created(rest[0].decode(), repeated=verdict == b"repeated")
+        created, *heard = rest
+        return Created(created.decode(), repeated=verdict == b"repeated", heard=any(heard))
 
     async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         """Append what several attempts have, and publish it: each batch in one atom, all in one

@@ -117,19 +117,6 @@ async def test_what_lines_up_during_a_call_goes_together_in_the_next(
     assert [await texts(counted, writer) for writer in others] == [["a", "b"]] * 19
 
 
-async def test_a_thousand_chunks_one_by_one_cost_no_thousand_calls(
-    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
-    [writer] = await writers(redis, counted, 1)
-    for number in range(1000):
-        writer.say(str(number))
-        await asyncio.sleep(0)
-    await writer.stands()
-    assert len(counted.calls) < 50
-    assert await texts(counted, writer) == [str(number) for number in range(1000)]
-
-
 async def test_a_call_holds_so_many_entries_and_whoever_has_more_waits_for_the_others(
     redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

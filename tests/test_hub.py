@@ -22,7 +22,7 @@ from relay.connection import connect
 from relay.errors import StreamGone
 from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, entry
 from relay.ids import new_stream_id
-from relay.log import Log
+from relay.log import Created, Log
 from tests import asgi
 from tests.asgi import Taker, entered, watching
 from tests.conftest import append, make_claims, make_log, until
@@ -60,10 +60,10 @@ class Writer:
         self._next = 0
         self.stream_id = ""
 
-    async def create(self, stream_id: str = "") -> str:
+    async def create(self, stream_id: str = "") -> Created:
         created = await self._log.create({"messages": []}, stream_id=stream_id)
         self.stream_id = created.stream_id
-        return self.stream_id
+        return created
 
     async def begin(self) -> None:
         """A new attempt: hand over what is held, claim anew and say `started`."""
@@ -185,7 +185,7 @@ async def _interleave(url: str, steps: list[tuple[str, int]]) -> None:
     async with connect(url) as redis:
         await redis.flushall()
         writer, said, people = Writer(redis), 0, [Person()]
-        stream_id = await writer.create()
+        stream_id = (await writer.create()).stream_id
         async with running_hub(redis) as hub:
             await people[0].connect(hub, stream_id)
             await writer.begin()
@@ -241,12 +241,12 @@ async def test_what_is_expected_is_whole_and_nothing_of_it_is_read(
     hub: Hub, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = counting(monkeypatch, "read")
-    feed = await hub.expect(new_stream_id())
+    feed = hub.expect(new_stream_id())
     writer = Writer(redis)
-    await writer.create(feed.stream_id)
+    created = await writer.create(feed.stream_id)
     await writer.begin()
     await writer.say("early")
-    hub.born(feed)
+    hub.born(feed, heard=created.heard)
     await writer.finish()
     async with watching(hub, feed.stream_id) as taker:
         await taker.has(b"completed")
@@ -261,15 +261,15 @@ async def test_what_is_expected_is_whole_and_nothing_of_it_is_read(
 async def test_what_is_expected_is_whole_though_the_connection_breaks(
     hub: Hub, redis: Redis, cut: str
 ) -> None:
-    feed = await hub.expect(new_stream_id())
+    feed = hub.expect(new_stream_id())
     writer = Writer(redis)
     if cut == "before its birth":
         await redis.client_kill_filter(_type="pubsub")
-    await writer.create(feed.stream_id)
+    created = await writer.create(feed.stream_id)
     await writer.begin()
     await redis.client_kill_filter(_type="pubsub")
     await writer.say("unheard")
-    hub.born(feed)
+    hub.born(feed, heard=created.heard)
     async with watching(hub, feed.stream_id) as taker:
         await taker.has(b"unheard")
         await writer.finish()
@@ -278,8 +278,23 @@ async def test_what_is_expected_is_whole_though_the_connection_breaks(
     hub.leave(feed)
 
 
+async def test_what_was_born_before_its_channel_stood_is_read(hub: Hub, redis: Redis) -> None:
+    writer = Writer(redis)
+    stream_id = new_stream_id()
+    created = await writer.create(stream_id)
+    await writer.begin()
+    await writer.say("unheard")
+    feed = hub.expect(stream_id)
+    hub.born(feed, heard=created.heard)
+    async with watching(hub, stream_id) as taker:
+        await taker.has(b"unheard")
+        await writer.finish()
+        await taker.has(b"completed")
+    hub.leave(feed)
+
+
 async def test_nobody_looks_for_a_stream_that_is_not_born_yet(hub: Hub, redis: Redis) -> None:
-    feed = await hub.expect(new_stream_id())
+    feed = hub.expect(new_stream_id())
     await hub._catch_up(feed)
     assert feed.gone is None
     hub.leave(feed)
@@ -526,7 +541,7 @@ async def test_the_cache_keeps_to_its_bytes(redis: Redis) -> None:
     async with running_hub(redis, cache_bytes=20_000) as hub:
         for _ in range(10):
             writer = Writer(redis)
-            last = await writer.create()
+            last = (await writer.create()).stream_id
             await writer.begin()
             await writer.say("x" * 2000)
             await writer.finish()

@@ -27,7 +27,7 @@ from relay.events import (
     entry,
 )
 from relay.ids import is_stream_id, new_stream_id
-from relay.log import VIEWERS_SECONDS, Appended, Log
+from relay.log import VIEWERS_SECONDS, Appended, Created, Log
 from tests.conftest import append, make_claims, make_log
 
 SECRET = "a prompt that nobody else may see"
@@ -104,7 +104,8 @@ def shape(events: list[Event]) -> list[tuple[str, str]]:
 
 
 async def test_a_stream_is_born_queued_with_its_job(redis: Redis, log: Log) -> None:
-    stream_id, repeated = await log.create(REQUEST)
+    stream_id, repeated, heard = await log.create(REQUEST)
+    assert not heard, "nobody has subscribed"
     assert is_stream_id(stream_id)
     assert not repeated
     assert await log.read(stream_id) == [Event(Cursor(0, 1), "queued", b"{}")]
@@ -164,7 +165,9 @@ async def test_the_wake_list_does_not_grow_beyond_the_queue(redis: Redis) -> Non
 async def test_the_same_key_and_body_lead_to_the_same_stream(redis: Redis) -> None:
     log = make_log(redis, queue_limit=1)
     first = await log.create(REQUEST, idempotency_key="k", digest="d")
-    assert await log.create(REQUEST, idempotency_key="k", digest="d") == (first.stream_id, True)
+    assert await log.create(REQUEST, idempotency_key="k", digest="d") == Created(
+        first.stream_id, repeated=True
+    )
     assert await redis.zcard(keys.QUEUE) == 1
 
 
@@ -180,8 +183,8 @@ async def test_other_keys_and_no_key_lead_to_new_streams(log: Log) -> None:
     created = [
         await log.create(REQUEST, idempotency_key=key, digest="d") for key in ("k", "l", "", "")
     ]
-    assert len({stream_id for stream_id, _ in created}) == 4
-    assert not any(repeated for _, repeated in created)
+    assert len({each.stream_id for each in created}) == 4
+    assert not any(each.repeated for each in created)
 
 
 async def test_after_an_erase_the_same_key_leads_to_a_new_stream(log: Log) -> None:
@@ -199,7 +202,9 @@ async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
     await redis.delete(keys.idempotency("k"))  # It expired; the answer took that long.
     new = await log.create(REQUEST, idempotency_key="k", digest="d")
     await log.erase(old.stream_id)
-    assert await log.create(REQUEST, idempotency_key="k", digest="d") == (new.stream_id, True)
+    assert await log.create(REQUEST, idempotency_key="k", digest="d") == Created(
+        new.stream_id, repeated=True
+    )
 
 
 async def test_a_key_is_remembered_as_long_as_its_stream_may_stand(redis: Redis) -> None:

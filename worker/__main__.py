@@ -6,6 +6,7 @@ import sys
 from arq import Worker
 
 from relay.errors import ConfigurationError
+from relay.heap import spare_the_collector
 from relay.logs import configure_logs
 from relay.settings import Settings, load_settings
 from worker.health import is_healthy
@@ -21,6 +22,7 @@ def main() -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
         return 2
+    spare_the_collector()
     worker.run()
     return 0
 

@@ -12,9 +12,6 @@ from relay.logs import get_logger
 
 logger = get_logger("appender")
 
-PAUSE_SECONDS = 0.0
-"""From one call to the next: a thousand chunks a second, or a hundred thousand, cost no more calls
-than that. A chunk that comes after a pause goes at once."""
 ENTRIES_AT_ONCE = 1000
 """Of one call: while it appends, Redis does nothing else."""
 REDIS_RETRY_SECONDS = 0.2
@@ -40,7 +37,6 @@ class Appender:
         self._waiting: dict[Attempt, None] = {}
         self._taken: dict[Attempt, Batch] = {}
         self._appending: asyncio.Task[None] | None = None
-        self._next_call = 0.0
 
     def line_up(self, attempt: Attempt) -> None:
         self._waiting[attempt] = None
@@ -49,11 +45,10 @@ class Appender:
             self._appending.add_done_callback(self._ended)
 
     async def _append(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            if (pause := self._next_call - loop.time()) > 0:
-                await asyncio.sleep(pause)
-            self._next_call = loop.time() + PAUSE_SECONDS
+            # Let what came together with the last answer be parsed, and lined up.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             self._take()
             if self._taken:
                 await self._call()

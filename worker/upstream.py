@@ -7,17 +7,20 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import httpx2
 import openai
-from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAsyncHttpxClient
 
 from relay.chunks import parse
 from relay.errors import ConfigurationError, Garbled, UpstreamError
 from relay.events import join_text
 from relay.logs import get_logger
 from relay.settings import Settings, UpstreamSettings
+from relay.turnstile import Turnstile
+from worker.http1 import Http1
 from worker.retry import delay_before
 from worker.sse import Decoder
 
@@ -48,6 +51,7 @@ class Upstream:
         self.model = settings.upstream.model
         self._settings = settings
         self._client = _client(settings.upstream, settings)
+        self._turnstile = Turnstile()
 
     async def close(self) -> None:
         await self._client.close()
@@ -90,6 +94,7 @@ class Upstream:
             stream_cls=AsyncStream[object],
         )
         decoder, loop = Decoder(), asyncio.get_running_loop()
+        await self._turnstile.passed()
         async with (
             asyncio.timeout(self._settings.first_chunk_seconds) as limit,
             await asked as stream,
@@ -127,12 +132,15 @@ def _client(upstream: UpstreamSettings, settings: Settings) -> AsyncOpenAI:
     key = upstream.api_key.get_secret_value() if upstream.api_key else None
     timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
+    proxied = _is_proxied(upstream.base_url or "https://")
+    transport = (
+        None if proxied else Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
+    )
     options: dict[str, Any] = {
         # Retries are ours: the SDK's would sleep through a Retry-After of two minutes.
         "max_retries": 0,
         "timeout": timeout,
-        # The SDK's other client, which stands on aiohttp: a chunk costs it a third.
-        "http_client": DefaultAioHttpClient(timeout=timeout, limits=limits),
+        "http_client": DefaultAsyncHttpxClient(transport=transport, timeout=timeout, limits=limits),
     }
     if upstream.kind == "azure":
         return AsyncAzureOpenAI(
@@ -145,6 +153,12 @@ def _client(upstream: UpstreamSettings, settings: Settings) -> AsyncOpenAI:
         )
     provider = _token_provider(upstream)
     return AsyncOpenAI(base_url=upstream.base_url, api_key=provider or key, **options)
+
+
+def _is_proxied(url: str) -> bool:
+    """As the environment has it, in which httpx looks, too."""
+    parts, proxies = urlsplit(url), getproxies()
+    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
 
 
 def _token_provider(upstream: UpstreamSettings) -> Any:
@@ -176,7 +190,6 @@ def _body_of(response: httpx2.Response) -> AsyncIterator[bytes]:
 _FAILURES = (
     openai.APIError,
     httpx2.HTTPError,
-    aiohttp.ClientError,
     TimeoutError,
     UpstreamError,
 )
@@ -202,8 +215,7 @@ def _translated(cause: Exception) -> UpstreamError:
 
 
 def _timed_out(cause: BaseException | None) -> bool:
-    """By what is at the bottom of it: between aiohttp and the SDK each lost connection is called a
-    timeout."""
+    """By what is at the bottom of it: the SDK calls it a connection error."""
     while cause is not None:
         if isinstance(cause, TimeoutError):
             return True

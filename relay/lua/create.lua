@@ -1,9 +1,9 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
--- KEYS: log, state, job, queue, wake, idempotency
+-- KEYS: log, state, channel, job, queue, wake, idempotency
 -- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms,
 --       state key pattern, recovery, webhook or ''
--- Returns {'created', id} | {'repeated', id} | {'conflict'} | {'full'}
-local log, state, job, queue, wake, idempotency = unpack(KEYS)
+-- Returns {'created', id, subscribers of its channel} | {'repeated', id} | {'conflict'} | {'full'}
+local log, state, channel, job, queue, wake, idempotency = unpack(KEYS)
 local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms, state_of, recovery,
   webhook = unpack(ARGV)
 
@@ -30,4 +30,4 @@ if key ~= '' then
 end
 keep(live_ms, log, state)
 enqueue(queue, wake, id, now_exact_ms(), queue_limit)
-return { 'created', id }
+return { 'created', id, redis.call('PUBSUB', 'NUMSUB', channel)[2] }

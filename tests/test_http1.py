@@ -1,0 +1,266 @@
+"""The transport to the upstream, on real sockets."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+import trustme
+
+from tests.conftest import until
+from worker.http1 import Http1
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
+
+
+class Server:
+    """What has come to it."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.connections = 0
+        self.asked: list[bytes] = []
+        self.left = asyncio.Event()
+
+    async def request(self, reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+        body = await reader.readexactly(int(lines.get(b"Content-Length", b"0")))
+        self.asked.append(head + body)
+        return body
+
+
+@asynccontextmanager
+async def serving(
+    answer: Callable[[Server, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    context: ssl.SSLContext | None = None,
+) -> AsyncIterator[Server]:
+    server = Server()
+
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server.connections += 1
+        try:
+            await answer(server, reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            server.left.set()
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(on_connection, "127.0.0.1", 0, ssl=context)
+    server.port = listening.sockets[0].getsockname()[1]
+    async with listening:
+        yield server
+
+
+@asynccontextmanager
+async def client(server: Server, **options: float) -> AsyncIterator[httpx2.AsyncClient]:
+    transport = Http1(**{"connect_seconds": 2.0, "idle_seconds": 2.0} | options)
+    url = f"http://127.0.0.1:{server.port}"
+    async with httpx2.AsyncClient(transport=transport, base_url=url) as http:
+        yield http
+
+
+def answering(*pieces: bytes, keep: bool = True) -> Callable[..., Awaitable[None]]:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while True:
+            await server.request(reader)
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+            if not keep:
+                return
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("pieces", "keep"),
+    [
+        ([OK + b"content-length: 11\r\n\r\nhello world"], True),
+        ([CHUNKED, b"6\r\nhello \r\n", b"5\r\nworld\r\n0\r\n\r\n"], True),
+        ([CHUNKED + b"6\r\nhel", b"lo \r\n5\r", b"\nworld\r\n0\r\n", b"\r\n"], True),
+        ([OK + b"\r\nhello ", b"world"], False),
+        ([b"HTTP/1.0 200 OK\r\n\r\nhello world"], False),
+        ([b"HTTP/1.1 103 Early Hints\r\nlink: x\r\ncontent-length: 0\r\n\r\n", CHUNKED,
+          b"b\r\nhello world\r\n0\r\n\r\n"], True),
+    ],
+    ids=["by length", "chunked", "cut anywhere", "to the end", "HTTP/1.0", "after a notice"],
+)  # fmt: skip
+async def test_an_answer_comes_whole_however_it_is_framed(pieces: list[bytes], keep: bool) -> None:
+    async with serving(answering(*pieces, keep=keep)) as server, client(server) as http:
+        response = await http.post("/chat", content=b"question")
+        assert (response.status_code, response.text) == (200, "hello world")
+        assert "link" not in response.headers
+        [asked] = server.asked
+        assert asked.startswith(b"POST /chat HTTP/1.1\r\n")
+        assert asked.endswith(b"\r\n\r\nquestion")
+        assert f"Host: 127.0.0.1:{server.port}".encode() in asked
+
+
+async def test_a_piece_is_there_when_it_comes() -> None:
+    go_on = asyncio.Event()
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await go_on.wait()
+        writer.write(b"1\r\nb\r\n0\r\n\r\n")
+
+    async with (
+        serving(answer) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        pieces = response.aiter_bytes()
+        assert await anext(pieces) == b"a"
+        go_on.set()
+        assert [piece async for piece in pieces] == [b"b"]
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with (
+        serving(answering(OK + b"content-length: 2\r\n\r\nok")) as server,
+        client(server) as http,
+    ):
+        for _ in range(3):
+            assert (await http.post("/")).text == "ok"
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answering(OK + b"connection: close\r\ncontent-length: 2\r\n\r\nok"),
+        answering(OK + b"content-length: 2\r\n\r\nok", keep=False),
+        answering(OK + b"content-length: 2\r\n\r\nok", b"and more"),
+    ],
+    ids=["that says so", "that ends", "that says more than was asked"],
+)
+async def test_a_connection_is_not_used_again(answer: Callable[..., Awaitable[None]]) -> None:
+    async with serving(answer) as server, client(server) as http:
+        assert (await http.post("/")).text == "ok"
+        transport = http._transport
+        assert isinstance(transport, Http1)
+
+        async def none_is_kept() -> bool:
+            return not any(transport._idle.values())
+
+        await until(none_is_kept)
+        assert (await http.post("/")).text == "ok"
+        assert server.connections == 2
+
+
+async def test_an_idle_connection_is_kept_only_so_long() -> None:
+    async with (
+        serving(answering(OK + b"content-length: 2\r\n\r\nok")) as server,
+        client(server, idle_seconds=0.0) as http,
+    ):
+        for _ in range(2):
+            assert (await http.post("/")).text == "ok"
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before its head", "within its body"])
+async def test_an_answer_that_breaks_off_is_an_error(begun: bool) -> None:
+    pieces = [CHUNKED + b"5\r\nhello\r\n"] if begun else []
+    async with serving(answering(*pieces, keep=False)) as server, client(server) as http:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/")
+
+
+async def test_what_came_before_an_answer_broke_off_is_read_first() -> None:
+    answer = answering(CHUNKED + b"5\r\nhello\r\n", keep=False)
+    async with serving(answer) as server, client(server) as http:
+        pieces = []
+        with pytest.raises(httpx2.RemoteProtocolError):  # noqa: PT012
+            async with http.stream("POST", "/") as response:
+                async for piece in response.aiter_bytes():
+                    pieces.append(piece)
+        assert b"".join(pieces) == b"hello"
+
+
+async def test_what_is_no_http_is_an_error() -> None:
+    async with serving(answering(b"SSH-2.0-OpenSSH_9.2\r\n")) as server, client(server) as http:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/")
+
+
+async def test_whoever_leaves_an_answer_closes_its_connection() -> None:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        assert await reader.read() == b""
+        server.left.set()
+
+    async with serving(answer) as server, client(server) as http, asyncio.timeout(2):
+        async with http.stream("POST", "/") as response:
+            await anext(response.aiter_bytes())
+        await server.left.wait()
+
+
+async def test_whoever_is_cancelled_before_the_answer_closes_its_connection() -> None:
+    asked = asyncio.Event()
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        asked.set()
+        assert await reader.read() == b""
+        server.left.set()
+
+    async with serving(answer) as server, client(server) as http, asyncio.timeout(2):
+        asking = asyncio.create_task(http.post("/"))
+        await asked.wait()
+        asking.cancel()
+        await server.left.wait()
+
+
+async def test_nobody_there_is_a_connect_error() -> None:
+    async with serving(answering(b"")) as server:
+        pass
+    async with client(server) as http:
+        with pytest.raises(httpx2.ConnectError):
+            await http.post("/")
+
+
+async def test_a_connection_that_nobody_takes_is_a_connect_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "create_connection", never)
+    async with client(Server(), connect_seconds=0.01) as http:
+        with pytest.raises(httpx2.ConnectTimeout):
+            await http.post("/")
+
+
+async def test_tls_is_checked_for_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    another = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(ours)
+    authority.issue_cert("elsewhere.test").configure_cert(another)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    answer = answering(OK + b"content-length: 2\r\n\r\nok")
+    async with serving(answer, ours) as server, client(server) as http:
+        url = f"https://127.0.0.1:{server.port}/"
+        for _ in range(2):
+            assert (await http.post(url)).text == "ok"
+        assert server.connections == 1
+    async with serving(answer, another) as server, client(server) as http:
+        with pytest.raises(httpx2.ConnectError, match="certificate"):
+            await http.post(f"https://127.0.0.1:{server.port}/")

@@ -1,0 +1,220 @@
+"""HTTP/1.1 for the SDK's client: a transport by which a chunk costs little.
+
+httpx' own spends more on a chunk than all the rest of a worker does. Here what the socket has is
+parsed where it arrives, in C, and goes to whoever reads in one step. It knows no proxies (the
+caller takes httpx' own then), no HTTP/2, and no request that is not all there at once.
+"""
+
+import asyncio
+import ssl
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import httptools
+import httpx2
+
+Origin = tuple[str, str, int]
+"""Scheme, host, port."""
+_PORTS = {"http": 80, "https": 443}
+
+
+class Http1(httpx2.AsyncBaseTransport):
+    """Keeps a connection for the next request for `idle_seconds`. Raises httpx2.TransportError."""
+
+    def __init__(self, *, connect_seconds: float, idle_seconds: float) -> None:
+        self._connect_seconds = connect_seconds
+        self._idle_seconds = idle_seconds
+        self._idle: defaultdict[Origin, list[_Connection]] = defaultdict(list)
+        self._ssl: ssl.SSLContext | None = None
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        origin = (url.scheme, url.host, url.port or _PORTS[url.scheme])
+        connection = self._of_idle(origin) or await self._connect(origin)
+        exchange = connection.ask(_head(request) + await request.aread())
+        try:
+            await exchange.headers_came()
+        except BaseException:
+            await exchange.aclose()
+            raise
+        return httpx2.Response(
+            exchange.status, headers=exchange.headers, stream=exchange, request=request
+        )
+
+    async def aclose(self) -> None:
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+    def _of_idle(self, origin: Origin) -> "_Connection | None":
+        connections = self._idle[origin]
+        while connections:
+            connection = connections.pop()
+            if connection.usable(self._idle_seconds):
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self, origin: Origin) -> "_Connection":
+        scheme, host, port = origin
+        if scheme == "https" and self._ssl is None:
+            self._ssl = httpx2.create_ssl_context()
+        context = self._ssl if scheme == "https" else None
+        idle = self._idle[origin]
+        try:
+            async with asyncio.timeout(self._connect_seconds):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: _Connection(idle), host, port, ssl=context
+                )
+        except TimeoutError as error:
+            raise httpx2.ConnectTimeout("nobody took the connection") from error
+        except OSError as error:
+            raise httpx2.ConnectError(str(error)) from error
+        return connection
+
+
+class _Exchange(httpx2.AsyncByteStream):
+    """One request's answer. What has come is kept until it is read: whoever reads waits for nothing
+    else in between, so that it never is much."""
+
+    def __init__(self, connection: "_Connection") -> None:
+        self._connection = connection
+        self._came = b""
+        self._error: httpx2.TransportError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.begun = False
+        """All headers are there."""
+        self.ended = False
+
+    async def headers_came(self) -> None:
+        while not self.begun:
+            await self._more()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._came:
+            if self.ended:
+                raise StopAsyncIteration
+            await self._more()
+        came, self._came = self._came, b""
+        return came
+
+    async def aclose(self) -> None:
+        if not self.ended:
+            self._connection.close()
+
+    async def _more(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    # As the connection sees it.
+
+    def add(self, data: bytes) -> None:
+        self._came += data
+
+    def fail(self, error: httpx2.TransportError) -> None:
+        self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Connection(asyncio.Protocol):
+    """One exchange at a time; afterwards it stands among the idle ones, if it may be used again."""
+
+    def __init__(self, idle: "list[_Connection]") -> None:
+        self._idle = idle
+        self._idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._exchange: _Exchange | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._ends_by_length = False
+
+    def ask(self, request: bytes) -> _Exchange:
+        self._exchange = _Exchange(self)
+        self._ends_by_length = False
+        self._transport.write(request)
+        return self._exchange
+
+    def usable(self, idle_seconds: float) -> bool:
+        fresh = self._loop.time() - self._idle_since < idle_seconds
+        return fresh and not self._transport.is_closing()
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    # As the loop sees it.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            self.close()  # Nobody asked.
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.close()
+            exchange.fail(httpx2.RemoteProtocolError(str(error)))
+        exchange.wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self._idle:
+            self._idle.remove(self)
+        if (exchange := self._exchange) is None:
+            return
+        if exchange.begun and not self._ends_by_length and error is None:
+            exchange.ended = True
+            exchange.wake()
+        else:
+            exchange.fail(httpx2.RemoteProtocolError("the connection ended within an answer"))
+
+    # As the parser sees it.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        assert self._exchange is not None  # noqa: S101
+        self._exchange.headers.append((name, value))
+        if name.lower() in {b"content-length", b"transfer-encoding"}:
+            self._ends_by_length = True
+
+    def on_headers_complete(self) -> None:
+        assert self._exchange is not None  # noqa: S101
+        self._exchange.status = self._parser.get_status_code()
+        if self._exchange.status >= 200:
+            self._exchange.begun = True
+        else:
+            self._exchange.headers.clear()  # Of a notice; the answer is yet to come.
+            self._ends_by_length = False
+
+    def on_body(self, data: bytes) -> None:
+        assert self._exchange is not None  # noqa: S101
+        self._exchange.add(data)
+
+    def on_message_complete(self) -> None:
+        exchange = self._exchange
+        if exchange is None or not exchange.begun:
+            return
+        exchange.ended = True
+        self._exchange = None
+        if self._parser.should_keep_alive():
+            self._idle_since = self._loop.time()
+            self._idle.append(self)
+        else:
+            self.close()
+
+
+def _head(request: httpx2.Request) -> bytes:
+    lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
+    lines += [b"%b: %b" % header for header in request.headers.raw]
+    return b"\r\n".join([*lines, b"", b""])
