@@ -106,6 +106,8 @@ class Feed:
         self._frames: dict[Wire, tuple[Encode, list[bytes]]] = {}
         self._waiters: set[asyncio.Future[bool]] = set()
         self._riders: dict[Wire, Riders] = {}
+        self._to_carry: int | None = None
+        """The index from which on riders have still to be written to."""
 
     @property
     def top(self) -> Cursor | None:
@@ -136,7 +138,7 @@ class Feed:
             self.events.append(event)
             self.bytes += 2 * len(event.data) + 300
         if len(self.events) > before:
-            self._carry(before)
+            self._carry_soon(before)
             self._wake_waiters()
         return dense
 
@@ -186,9 +188,18 @@ class Feed:
         for waiter in waiters:
             settle(waiter, True)
 
-    def _carry(self, start: int) -> None:
+    def _carry_soon(self, start: int) -> None:
+        """What has come together is written together: so a process that falls behind catches up."""
+        if self._to_carry is None and any(self._riders.values()):
+            self._to_carry = start
+            asyncio.get_running_loop().call_soon(self._carry)
+
+    def _carry(self) -> None:
         """Write what is new to those who ride along: each frame is encoded once, and all that they
         cost is the writing. What is no chunk, or more than one write, they deal with themselves."""
+        start, self._to_carry = self._to_carry, None
+        if start is None:
+            return
         if any(event.kind not in {TEXT, WHOLE} for event in self.events[start:]):
             self._let_off()
             return
@@ -221,6 +232,7 @@ class Feed:
         riders = self._riders.get(wire)
         if riders is None:
             riders = self._riders[wire] = Riders(heartbeat, seconds)
+        self._carry()  # Else it would be written to this one, too, who has it.
         waiter = riders.get_on(line, len(self.events))
         get_off = partial(riders.get_off, waiter)
         unless.add_done_callback(get_off)

@@ -15,8 +15,9 @@ from bench.upstream import question
 LATEST_MS = 100
 DELAY_MS = 20
 CHUNKS = 200
-ARRIVE_SECONDS = 1.5
-STEP, FAST, EASY_MS = 1.12, 1.4, 20
+BEGIN = 40
+ARRIVE_SECONDS = 2.0
+STEPS = WIDE, NARROW = 1.4, 1.1
 
 STARTS: dict[str, Callable[[Cores], AbstractContextManager[System]]] = {
     "direct": systems.direct,
@@ -36,7 +37,7 @@ class Carried:
 
 
 def report(quick: bool) -> Report:
-    table = {name: _climb(name, 20) for name in STARTS}
+    table = {name: _climb(name, BEGIN) for name in STARTS}
     relay, direct, tutorial = (
         table[name].chunks_per_second for name in ("relay", "direct", "tutorial")
     )
@@ -56,16 +57,14 @@ def report(quick: bool) -> Report:
 
 
 def _climb(name: str, streams: int) -> Carried:
-    """More and more streams until it is too much twice: once may be the machine's doing."""
-    best, failures = Carried(0, 0.0), 0
+    """In wide steps until it is too much, then from the last good one in narrow ones."""
+    best = Carried(0, 0.0)
     with STARTS[name](ALL_ON_ONE) as system:
-        while failures < 2:
-            now = _carry(system, streams)
-            if now is None:
-                failures += 1
-            else:
-                best, failures = now, 0
-                streams = int(streams * (FAST if now.p99_ms < EASY_MS else STEP))
+        for step in STEPS:
+            while (now := _carry(system, streams)) is not None:
+                best = now
+                streams = int(best.streams * step)
+            streams = max(1, int(best.streams * NARROW))
     return best
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import uvloop
@@ -15,13 +15,11 @@ from redis.asyncio import Redis
 
 from bench import systems
 from bench.machine import FRONT, REST, Process, percentile, process, python
-from bench.report import Report, Target
 from bench.upstream import question
 from relay.connection import connect, open_connection
 from relay.log import Log
 from relay.pipe import Opened, Replies
 
-COUNTS = (100, 300, 500)
 DELAY_MS = 20
 SECONDS = 6
 BEGIN_SECONDS = 3
@@ -47,28 +45,8 @@ class Made:
 
     def cells(self) -> list[str]:
         delays = [f"{self.delay_p50:.1f}", f"{self.delay_p99:.1f}"]
-        return [*delays, f"{self.busy:.2f}", f"{self.microseconds:.1f}"]
-
-
-def report(quick: bool) -> Report:
-    table = measure(COUNTS)
-    return Report(
-        "answers of 50 chunks/s on one worker core: from the upstream's write to the channel",
-        ["delay p50, ms", "delay p99, ms", "core", "us/chunk", "Redis us/chunk", "missing"],
-        {
-            f"{made.streams} streams": [
-                *made.cells(),
-                f"{made.redis_microseconds:.1f}",
-                f"{max(0, made.missing):.1%}",
-            ]
-            for made in table
-        },
-        [
-            Target(f"6 delay p99 of {made.streams} streams, ms", made.delay_p99, bound)
-            for made, bound in zip(table, (5, 25, 25), strict=True)
-        ],
-        [asdict(made) for made in table],
-    )
+        costs = [f"{self.busy:.2f}", f"{self.microseconds:.1f}", f"{self.redis_microseconds:.1f}"]
+        return [*delays, *costs, f"{max(0, self.missing):.1%}"]
 
 
 def measure(counts: Sequence[int]) -> list[Made]:

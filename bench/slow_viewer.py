@@ -18,7 +18,7 @@ VIEWERS = 99
 CHUNKS = 150
 DELAY_MS = 40
 PAD = 6000
-ROUNDS = 3
+ROUNDS = 2
 
 
 def report(quick: bool) -> Report:

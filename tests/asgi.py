@@ -43,6 +43,8 @@ class Taker:
         self.reading.set()
         self.leaving = asyncio.Event()
         self.aborted = asyncio.Event()
+        self.over = asyncio.Event()
+        """The application is done with it."""
         self._changed = asyncio.Event()
         self._pending: list[bytes] = []
         self._line = Line(cast(asyncio.Transport, self), self)
@@ -134,6 +136,7 @@ async def viewing(app: ASGIApp) -> AsyncIterator[Taker]:
     """Run an application for one request; leaving the block leaves the response."""
     taker = Taker()
     running = asyncio.create_task(run(app, taker))
+    running.add_done_callback(lambda _: taker.over.set())
     try:
         yield taker
     finally:
