@@ -15,9 +15,9 @@ from bench.upstream import question
 LATEST_MS = 100
 DELAY_MS = 20
 CHUNKS = 200
-BEGIN = 40
+BEGIN = 60
 ARRIVE_SECONDS = 2.0
-STEPS = WIDE, NARROW = 1.4, 1.1
+STEPS = WIDE, NARROW = 1.5, 1.15
 
 STARTS: dict[str, Callable[[Cores], AbstractContextManager[System]]] = {
     "direct": systems.direct,

@@ -24,6 +24,7 @@ FRONT = {CORES[0]}
 REST = {CORES[1]} if len(CORES) > 1 else FRONT
 """For everything else."""
 READY_SECONDS = 30.0
+STOP_SECONDS = 2.0
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -64,7 +65,11 @@ def process(
         yield Process(popen)
     finally:
         popen.terminate()
-        popen.wait(10)
+        try:
+            popen.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            popen.kill()  # A worker whose answer is not finished would wait for it.
+            popen.wait()
 
 
 def python(name: str, *arguments: object) -> list[str]:

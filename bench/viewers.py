@@ -97,7 +97,9 @@ def ask(system: System, asked: str) -> str:
         peer.sendall(post("/chat", {"messages": [{"role": "user", "content": asked}]}))
         answer = b""
         while not (found := _URL.search(answer)):
-            answer += peer.recv(65536)
+            received = peer.recv(65536)
+            assert received, "the server ended it"
+            answer += received
     return found[1].decode()
 
 
@@ -110,8 +112,8 @@ def _idle(port: int, path: str) -> Iterator[None]:
         peer.sendall(get(path))
         peers.append(peer)
     for peer in peers:
-        while b"queued" not in peer.recv(65536):
-            pass
+        while b"event: " not in (received := peer.recv(65536)):
+            assert received, "the server ended it"
     time.sleep(0.5)
     try:
         yield

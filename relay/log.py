@@ -25,7 +25,7 @@ GONE = "This stream is gone: it was erased, has expired or was lost."
 BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""
 
-_PAGE = 2000
+_PAGE = 2500
 
 
 class Created(NamedTuple):
