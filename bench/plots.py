@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "chat-relay", "svg.fonttype": "none", "font.size": 9})
-SIZE = (6.4, 3.6)
+SIZE = (7.4, 3.4)
 
 
 def main(figures: dict[str, Any], folder: Path) -> None:
@@ -58,7 +58,7 @@ def _axes(x: str, y: str) -> Any:
 
 
 def _save(file: Path) -> None:
-    plt.legend()
+    plt.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     plt.savefig(file, metadata={"Date": None, "Creator": None})
     plt.close()
 
