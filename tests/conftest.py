@@ -285,12 +285,22 @@ async def ask(http: httpx2.AsyncClient, **script: Any) -> str:
 
 
 async def watch(
-    http: httpx2.AsyncClient, stream_id: str, after: str = ""
+    http: httpx2.AsyncClient,
+    stream_id: str,
+    after: str = "",
+    *,
+    watching: asyncio.Event | None = None,
 ) -> list[httpx2.ServerSentEvent]:
-    """All events until the server closes."""
+    """All events until the server closes; `watching` is set at the first."""
     headers = {"last-event-id": after} if after else {}
+    events = []
     async with http.sse(f"/streams/{stream_id}/events", headers=headers) as source:
-        return [event async for event in source if event.data]
+        async for event in source:
+            if event.data:
+                events.append(event)
+                if watching is not None:
+                    watching.set()
+    return events
 
 
 def text_of(events: list[httpx2.ServerSentEvent]) -> str:

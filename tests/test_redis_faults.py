@@ -105,8 +105,10 @@ async def test_an_answer_outlives_an_outage_of_redis_that_is_longer_than_the_lea
 ) -> None:
     async with running_api(settings) as http, running_worker(settings), running_worker(settings):
         stream_id = await ask(http, chunks=40, delay_ms=100)
-        viewer = asyncio.create_task(watch(http, stream_id))
+        watching = asyncio.Event()
+        viewer = asyncio.create_task(watch(http, stream_id, watching=watching))
         await emulator.request(0)
+        await watching.wait()
         async with outage(server):
             await asyncio.sleep(OUTAGE_SECONDS)
         events = await viewer
@@ -141,8 +143,10 @@ async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again
         http = await stack.enter_async_context(running_api(settings))
         await stack.enter_async_context(running_worker(settings))
         stream_id = await ask(http, chunks=1000, delay_ms=50)
-        viewer = asyncio.create_task(watch(http, stream_id))
+        watching = asyncio.Event()
+        viewer = asyncio.create_task(watch(http, stream_id, watching=watching))
         record = await emulator.request(0)
+        await watching.wait()
         await server.kill()
         await asyncio.to_thread(forget, tmp_path)
         await server.start()
