@@ -40,6 +40,10 @@ class Replies(asyncio.Protocol):
         self._reader = hiredis.Reader(replyError=connection.error, notEnoughData=_INCOMPLETE)
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = connection.hand_over(self)
+        if self.closed:
+            # It broke before: whoever had it then was told, and we shall not be.
+            connection.let_go()
+            self.lost.set_result(None)
 
     def take(self, reply: Any) -> None:
         raise NotImplementedError
@@ -49,7 +53,9 @@ class Replies(asyncio.Protocol):
         return self._transport.is_closing()
 
     def send(self, *command: EncodableT) -> None:
-        self._transport.write(pack(*command))
+        # uvloop raises for a connection that is closed; that it is, `lost` tells.
+        if not self.closed:
+            self._transport.write(pack(*command))
 
     def close(self) -> None:
         self._transport.abort()

@@ -3,6 +3,7 @@ from importlib import resources
 from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
@@ -10,7 +11,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
 from relay import keys
-from relay.connection import connect, script
+from relay.connection import connect, open_connection, script
+from relay.pipe import Replies
 from tests.conftest import make_claims, until
 
 SCRIPTS = [
@@ -118,6 +120,31 @@ async def test_a_connection_that_breaks_is_told_to_all_who_wait_and_made_anew(
         assert {type(call.exception()) for call in calls} == {RedisConnectionError}
         await redis.client_unpause()
         assert await ours.client_id() != number
+
+
+class Silent(Replies):
+    def take(self, reply: Any) -> None:
+        pass
+
+
+def test_what_is_sent_on_a_connection_that_broke_harms_nobody(redis_server: RedisServer) -> None:
+    """By uvloop, which raises where asyncio's own loop says nothing."""
+
+    async def send() -> None:
+        async with connect(redis_server.url) as redis, asyncio.timeout(5):
+            ear = Silent(await open_connection(redis))
+            ear.close()
+            await asyncio.wait([ear.lost])
+            ear.send("PING")
+            connection = await open_connection(redis)
+            assert connection._writer is not None
+            connection._writer.transport.abort()
+            await asyncio.sleep(0)
+            late = Silent(connection)
+            await asyncio.wait([late.lost])
+            late.send("PING")
+
+    uvloop.run(send())
 
 
 async def test_callers_that_come_together_open_one_connection(

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import trustme
+import uvloop
 
 from tests.conftest import until
 from worker.http1 import Http1
@@ -224,6 +225,22 @@ async def test_whoever_is_cancelled_before_the_answer_closes_its_connection() ->
         await asked.wait()
         asking.cancel()
         await server.left.wait()
+
+
+def test_a_connection_that_ends_before_the_request_is_an_error() -> None:
+    """By uvloop, which raises where asyncio's own loop says nothing."""
+
+    async def ask() -> None:
+        async with serving(answering(b"")) as server, asyncio.timeout(5):
+            transport = Http1(connect_seconds=2, idle_seconds=2)
+            connection = await transport._connect(("http", "127.0.0.1", server.port))
+            connection.close()
+            await asyncio.sleep(0)  # In which the loop closes it.
+            await asyncio.sleep(0)
+            with pytest.raises(httpx2.RemoteProtocolError):
+                await connection.ask(b"").headers_came()
+
+    uvloop.run(ask())
 
 
 async def test_nobody_there_is_a_connect_error() -> None:

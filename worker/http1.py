@@ -140,10 +140,13 @@ class _Connection(asyncio.Protocol):
         self._ends_by_length = False
 
     def ask(self, request: bytes) -> _Exchange:
-        self._exchange = _Exchange(self)
+        exchange = self._exchange = _Exchange(self)
         self._ends_by_length = False
-        self._transport.write(request)
-        return self._exchange
+        if self._transport.is_closing():
+            exchange.fail(httpx2.RemoteProtocolError("the connection ended before a request"))
+        else:
+            self._transport.write(request)
+        return exchange
 
     def usable(self, idle_seconds: float) -> bool:
         fresh = self._loop.time() - self._idle_since < idle_seconds
