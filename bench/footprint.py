@@ -68,7 +68,7 @@ def _commands_per_chunk(system: systems.System, redis: "Redis") -> float:
     chunks = SECONDS * 1000 // DELAY_MS
     redis.config_resetstat()
     run(system.load(question(chunks, DELAY_MS), chunks, STREAMS))
-    time.sleep(0.1)
+    time.sleep(0.1)  # Until the last of them has unsubscribed.
     stats: Any = redis.info("commandstats")
     # What a script calls is counted there, too; what scripts call is hardly called otherwise.
     sent = sum(

@@ -38,8 +38,6 @@ class Made:
     microseconds: float
     """Of the worker's CPU for a chunk."""
     redis_microseconds: float
-    commands: float
-    """That worker sent to Redis, for a chunk."""
     missing: float
     """Of the chunks that should have come, the part that did not."""
 
@@ -57,13 +55,7 @@ def _measure(count: int) -> Made:
     with ExitStack() as stack:
         model = stack.enter_context(systems.upstream())
         store, url = stack.enter_context(systems.redis(REST))
-        env = {
-            "REDIS_URL": url,
-            "RELAY_CONCURRENCY": str(count),
-            "AZURE_OPENAI_ENDPOINT": f"http://127.0.0.1:{model.port}",
-            "AZURE_OPENAI_KEY": "k",
-            "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
-        }
+        env = systems.relay_env(url, model, concurrency=count)
         worker = stack.enter_context(process(python("worker"), FRONT, env))
         os.sched_setaffinity(0, REST)
         try:
@@ -79,11 +71,11 @@ async def _watch(url: str, count: int, worker: Process, store: Process) -> Made:
         await _ask(redis, count)
         await asyncio.sleep(BEGIN_SECONDS)
         delays.clear()
-        before = await _now(redis, worker, store)
+        before = _now(worker, store)
         await asyncio.sleep(SECONDS)
-        after = await _now(redis, worker, store)
+        after = _now(worker, store)
         ear.close()
-    seconds, cpu, redis_cpu, commands = (b - a for a, b in zip(before, after, strict=True))
+    seconds, cpu, redis_cpu = (b - a for a, b in zip(before, after, strict=True))
     chunks = count * seconds * 1000 / DELAY_MS
     return Made(
         count,
@@ -92,7 +84,6 @@ async def _watch(url: str, count: int, worker: Process, store: Process) -> Made:
         cpu / seconds,
         cpu / chunks * 1e6,
         redis_cpu / chunks * 1e6,
-        commands / chunks,
         1 - len(delays) / chunks,
     )
 
@@ -117,9 +108,5 @@ class _Ear(Replies):
             self._delays += [(now - int(stamp[1])) / 1e6 for stamp in _STAMP.finditer(reply[3])]
 
 
-async def _now(redis: Redis, worker: Process, store: Process) -> tuple[float, ...]:
-    stats = await redis.info("commandstats")
-    commands = sum(
-        stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("evalsha", "blpop", "get")
-    )
-    return time.monotonic(), worker.cpu_seconds(), store.cpu_seconds(), commands
+def _now(worker: Process, store: Process) -> tuple[float, ...]:
+    return time.monotonic(), worker.cpu_seconds(), store.cpu_seconds()

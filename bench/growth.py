@@ -1,6 +1,5 @@
-"""More and more: streams on one worker, viewers on one API process (targets 6 and
-9). A knee is where the
-delay leaves the line, or the core is full."""
+"""More and more: streams on one worker, viewers on one API process (targets 6 and 9). A knee is
+where the delay leaves the line, or the core is full."""
 
 from dataclasses import asdict
 

@@ -21,7 +21,6 @@ from cli.up import module, module_env
 
 STAMP = re.compile(rb"(\d+):(\d{12,}) ")
 _EVENTS_URL = re.compile(rb'"events_url": ?"([^"]+)"')
-_LONGEST_STAMP = 40
 
 
 @dataclass(kw_only=True)
@@ -39,7 +38,7 @@ class Load:
     """So it does, but only one client asks, and all follow."""
     seconds: float = 60.0
     arrive_seconds: float = 0.0
-    """Over this time the clients come, instead of asking all at once on connections that stand."""
+    """Over this time the clients come, instead of as soon as the one before is connected."""
     rounds: int = 1
     """So often, one round after the other."""
     every: int = 1
@@ -52,7 +51,7 @@ class Seen:
     """Times are in ms."""
 
     first: list[float] = field(default_factory=list)
-    """From a client's request to its first chunk."""
+    """From when a client begins to connect to its first chunk."""
     whole: list[float] = field(default_factory=list)
     """To its last."""
     delays: list[float] = field(default_factory=list)
@@ -175,7 +174,7 @@ async def _round(load: Load, seen: Seen) -> None:
     loop = asyncio.get_running_loop()
     request = load.request.encode()
     if load.share:
-        request = get(await _events_url(load.port, request))
+        request = get(await events_url(load.port, request))
     clients: list[Client] = []
     over: list[asyncio.Future[Any]]
 
@@ -206,12 +205,15 @@ async def _round(load: Load, seen: Seen) -> None:
         client.leave()
 
 
-async def _events_url(port: int, request: bytes) -> str:
+async def events_url(port: int, request: bytes) -> str:
+    """Ask by this request, and return where the events of the answer are."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     answer = b""
     while not (found := _EVENTS_URL.search(answer)):
-        answer += await reader.read(65536)
+        received = await reader.read(65536)
+        assert received, "the server ended it"
+        answer += received
     writer.close()
     return found[1].decode()
 

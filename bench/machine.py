@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import cli.up
 from cli.redis_server import end_with_parent
 from cli.up import module, module_env
 
@@ -44,9 +45,6 @@ class Process:
             if line.startswith("VmRSS"):
                 return int(line.split()[1])
         raise LookupError(f"the memory of process {self.pid} is not told")
-
-    def wait(self) -> int:
-        return self._popen.wait()
 
 
 @contextmanager
@@ -89,30 +87,38 @@ def on(cores: set[int]) -> Callable[[], None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return cli.up.free_port("127.0.0.1", 0)
+
+
+def wait_for(what: str, is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + READY_SECONDS
+    while not is_so():
+        if time.monotonic() > until:
+            raise TimeoutError(f"waited in vain: {what}")
+        time.sleep(0.02)
 
 
 def wait_until(port: int, path: str = "") -> None:
     """Return when somebody listens there, or answers `path` by a status below 500."""
-    until = time.monotonic() + READY_SECONDS
-    while True:
-        try:
-            if not path:
-                socket.create_connection(("127.0.0.1", port), timeout=2).close()
-                return
-            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=2):
-                return
-        except HTTPError as error:
-            if error.code < 500:
-                return
-        except (URLError, OSError):
-            pass
-        if time.monotonic() > until:
-            raise TimeoutError(f"nobody is ready on port {port}")
-        time.sleep(0.02)
+    wait_for(f"port {port}", lambda: _answers(port, path) if path else _listens(port))
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _answers(port: int, path: str) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=2):
+            return True
+    except HTTPError as error:
+        return error.code < 500
+    except OSError:
+        return False
 
 
 def describe() -> str:

@@ -19,7 +19,7 @@ async def main(port: int, path: str, chunks: int, delay_ms: float, first_ms: flo
         if delay_ms:
             due += delay_ms / 1000
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-    await asyncio.sleep(1)
+    await asyncio.sleep(1)  # Who leaves sooner takes away what is not read yet.
     answers.cancel()
 
 

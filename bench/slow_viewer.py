@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bench import systems
-from bench.load import get, run
+from bench.load import Load, get, run
 from bench.machine import percentile
 from bench.report import Report, Target
 from bench.systems import System
@@ -49,8 +49,7 @@ def report(quick: bool) -> Report:
 
 def _round(system: System, *, stuck: bool) -> list[float]:
     path = ask(system, question(CHUNKS, DELAY_MS, first_ms=500, pad=PAD))
-    load = system.load("", CHUNKS, VIEWERS, follow=False)
-    load.request = get(path).decode()
+    load = Load(port=system.port, count=VIEWERS, request=get(path).decode(), chunks=CHUNKS)
     with _never_reading(system.port, path, count=int(stuck)):
         return run(load).delays
 

@@ -5,8 +5,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from bench.machine import free_port, median, python, wait_until
 from bench.report import Report, Target
@@ -70,18 +68,8 @@ def _up() -> float:
             stderr=subprocess.DEVNULL,
         )
         try:
-            wait_until(port, "/healthz")
-            while not _is_ready(port):
-                pass
+            wait_until(port, "/readyz")
             return time.monotonic() - begun
         finally:
             running.terminate()
             running.wait()
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as response:
-            return bool(response.status == 200)
-    except URLError:
-        return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.load import Load, post
-from bench.machine import FRONT, REST, Process, free_port, process, python, wait_until
+from bench.machine import FRONT, REST, Process, free_port, process, python, wait_for, wait_until
 from bench.peers import nchan as peer
 from cli.redis_server import find_redis_server
 
@@ -85,32 +85,34 @@ def redis(cores: set[int]) -> Iterator[tuple[Process, str]]:
         argv = [find_redis_server(), "--port", "0", "--unixsocket", socket, "--dir", folder]
         argv += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
         with process(argv, cores) as running:
-            while not Path(socket).exists():
-                pass
+            wait_for("a Redis", Path(socket).exists)
             yield running, f"unix://{socket}"
 
 
 @contextmanager
-def relay(cores: Cores = Cores(), *, follows: bool = False, **env: str) -> Iterator[System]:
+def relay(cores: Cores = Cores(), *, follows: bool = False) -> Iterator[System]:
     """API, worker and Redis of this project."""
     with ExitStack() as stack:
         model = stack.enter_context(upstream())
         store, url = stack.enter_context(redis(cores.rest))
         port = free_port()
-        env = {
-            "REDIS_URL": url,
-            "RELAY_PORT": str(port),
-            "RELAY_CONCURRENCY": "1000",
-            "AZURE_OPENAI_ENDPOINT": f"http://127.0.0.1:{model.port}",
-            "AZURE_OPENAI_KEY": "k",
-            "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
-            **env,
-        }
+        env = relay_env(url, model, concurrency=1000) | {"RELAY_PORT": str(port)}
         worker = stack.enter_context(process(python("worker"), cores.rest, env))
         front = stack.enter_context(process(python("api"), cores.front, env))
         wait_until(port, "/readyz")
         rest = {"worker": worker, "redis": store, "upstream": model.front}
         yield System(port, front, rest, url, follows=follows)
+
+
+def relay_env(redis_url: str, model: System, *, concurrency: int) -> dict[str, str]:
+    """For API and worker, over this Redis and this upstream."""
+    return {
+        "REDIS_URL": redis_url,
+        "RELAY_CONCURRENCY": str(concurrency),
+        "AZURE_OPENAI_ENDPOINT": f"http://127.0.0.1:{model.port}",
+        "AZURE_OPENAI_KEY": "k",
+        "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
+    }
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What viewers cost one API process: idle ones (target 5), and late ones (8)."""
 
-import re
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from typing import Any
 from redis import Redis
 
 from bench import systems
-from bench.load import Load, get, post, run
-from bench.machine import percentile
+from bench.load import Load, events_url, get, post, run
+from bench.machine import percentile, wait_for
 from bench.report import Report, Target
 from bench.systems import System
 from bench.upstream import question
@@ -21,7 +21,6 @@ from relay import keys
 IDLE = 1000
 LATE_CHUNKS = 2000
 LATE = 1000
-_URL = re.compile(rb'"events_url": ?"([^"]+)"')
 
 
 def report(quick: bool) -> Report:
@@ -86,21 +85,15 @@ def _latecomers(system: System, redis: "Redis") -> Load:
     """Of an answer that nobody watched, and that is finished."""
     path = ask(system, question(LATE_CHUNKS))
     stream_id = path.split("/")[2]
-    while not redis.hget(keys.state(stream_id), "ended"):
-        time.sleep(0.05)
+    state = keys.state(stream_id)
+    wait_for("the end of an answer", lambda: bool(redis.hget(state, "ended")))
     return Load(port=system.port, count=1, request=get(path).decode(), chunks=LATE_CHUNKS)
 
 
 def ask(system: System, asked: str) -> str:
     """Where the events of its answer are."""
-    with socket.create_connection(("127.0.0.1", system.port)) as peer:
-        peer.sendall(post("/chat", {"messages": [{"role": "user", "content": asked}]}))
-        answer = b""
-        while not (found := _URL.search(answer)):
-            received = peer.recv(65536)
-            assert received, "the server ended it"
-            answer += received
-    return found[1].decode()
+    request = post("/chat", {"messages": [{"role": "user", "content": asked}]})
+    return asyncio.run(events_url(system.port, request))
 
 
 @contextmanager
@@ -114,7 +107,7 @@ def _idle(port: int, path: str) -> Iterator[None]:
     for peer in peers:
         while b"event: " not in (received := peer.recv(65536)):
             assert received, "the server ended it"
-    time.sleep(0.5)
+    time.sleep(0.5)  # What a beginning takes and gives back is not what a viewer costs.
     try:
         yield
     finally:

@@ -179,13 +179,15 @@ async def test_an_answer_that_breaks_off_is_an_error(begun: bool) -> None:
 
 async def test_what_came_before_an_answer_broke_off_is_read_first() -> None:
     answer = answering(CHUNKED + b"5\r\nhello\r\n", keep=False)
-    async with serving(answer) as server, client(server) as http:
-        pieces = []
-        with pytest.raises(httpx2.RemoteProtocolError):  # noqa: PT012
-            async with http.stream("POST", "/") as response:
-                async for piece in response.aiter_bytes():
-                    pieces.append(piece)
-        assert b"".join(pieces) == b"hello"
+    async with (
+        serving(answer) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        pieces = response.aiter_bytes()
+        assert await anext(pieces) == b"hello"
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await anext(pieces)
 
 
 async def test_what_is_no_http_is_an_error() -> None:
