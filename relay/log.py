@@ -10,9 +10,9 @@ from redis.exceptions import ResponseError
 from redis.typing import EncodableT
 
 from relay import keys
-from relay.connection import script
+from relay.connection import Script
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
-from relay.events import QUEUED, TERMINAL, Cursor, Entry, Event, to_json
+from relay.events import QUEUED, TERMINAL, Cursor, Event, to_json
 from relay.ids import new_stream_id
 from relay.settings import Settings
 
@@ -44,7 +44,17 @@ class Batch(NamedTuple):
     attempt: int
     owner: str
     first: int
-    entries: Sequence[Entry]
+    entries: Sequence[str | bytes]
+    """One after the other, of each its kind and its data. Flat, for a tuple each would be looked at
+    by the garbage collector for as long as the answer takes."""
+
+    @property
+    def length(self) -> int:
+        return len(self.entries) // 2
+
+    @property
+    def ends(self) -> bool:
+        return self.entries[-2] in TERMINAL
 
 
 class Appended(NamedTuple):
@@ -81,10 +91,10 @@ class Log:
         self._live_ms = live_ms
         self._retention_ms = retention_ms
         self._queue_limit = queue_limit
-        self._create = script(redis, "create")
-        self._append = script(redis, "append")
-        self._cancel = script(redis, "cancel")
-        self._erase = script(redis, "erase")
+        self._create = Script(redis, "create")
+        self._append = Script(redis, "append")
+        self._cancel = Script(redis, "cancel")
+        self._erase = Script(redis, "erase")
 
     @classmethod
     def configured(cls, redis: Redis, settings: Settings) -> Self:
@@ -163,11 +173,11 @@ class Log:
             keys.WEBHOOKS,
             self._retention_ms,
         ]
-        for stream_id, attempt, owner, first, entries in batches:
-            ending = entries[-1].kind if entries[-1].kind in TERMINAL else ""
-            arguments += (stream_id, attempt, owner, first, ending, len(entries))
-            for entry in entries:
-                arguments += entry
+        for batch in batches:
+            stream_id, attempt, owner, first, entries = batch
+            ending = entries[-2] if batch.ends else ""
+            arguments += (stream_id, attempt, owner, first, ending, batch.length)
+            arguments += entries
         verdicts = await self._append(args=arguments)
         return [_outcome(*pair) for pair in zip(batches, verdicts, strict=True)]
 
@@ -288,11 +298,8 @@ VIEWERS_SECONDS = 60
 
 def _outcome(batch: Batch, answer: tuple[bytes, int, int]) -> Appended | StreamLost | ResponseError:
     verdict, next_seq, cancel = answer
-    repeated_closing = (
-        verdict == b"closed"
-        and batch.entries[-1].kind in TERMINAL
-        and next_seq == batch.first + len(batch.entries)
-    )
+    stands = next_seq == batch.first + batch.length
+    repeated_closing = verdict == b"closed" and batch.ends and stands
     if verdict == b"ok" or repeated_closing:
         return Appended(next_seq, bool(cancel))
     if verdict in {b"fenced", b"closed", b"erased"}:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import hiredis
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.typing import EncodableT
 
 _packer = HiredisRespSerializer()
@@ -73,24 +75,34 @@ class Replies(asyncio.Protocol):
 
 class Pipe(Replies):
     """Commands of many callers on one connection: each is sent at once, and Redis answers in their
-    order. A caller that is cancelled costs nothing but its answer."""
+    order. A caller that is cancelled costs nothing but its answer.
 
-    def __init__(self, connection: Opened) -> None:
-        self._calls: deque[asyncio.Future[Any]] = deque()
+    When the one that waits longest has waited for `answer_seconds` the connection is given up: what
+    was sent later would be answered later still.
+    """
+
+    def __init__(self, connection: Opened, *, answer_seconds: float) -> None:
+        self._calls: deque[tuple[asyncio.Future[Any], float]] = deque()
+        """Those that wait, and until when."""
+        self._answer_seconds = answer_seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         super().__init__(connection)
 
     def call(self, *command: EncodableT) -> asyncio.Future[Any]:
         """The answer. Its exception is a RedisError."""
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = self._loop.create_future()
         if self.closed:
             answer.set_exception(_broken())
-        else:
-            self.send(*command)
-            self._calls.append(answer)
+            return answer
+        self.send(*command)
+        self._calls.append((answer, self._loop.time() + self._answer_seconds))
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._answer_seconds, self._look)
         return answer
 
     def take(self, reply: Any) -> None:
-        answer = self._calls.popleft()
+        answer, _ = self._calls.popleft()
         if answer.done():
             return  # Nobody waits for it any more.
         if isinstance(reply, Exception):
@@ -100,9 +112,28 @@ class Pipe(Replies):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        for answer in self._calls:
+        self._give_up(_broken())
+
+    def _look(self) -> None:
+        """When the one that waits longest could be over its time: to set a timer for each call
+        would cost more than the call."""
+        self._timer = None
+        if not self._calls:
+            return
+        _, until = self._calls[0]
+        if until > self._loop.time():
+            self._timer = self._loop.call_at(until, self._look)
+        else:
+            self.close()
+            self._give_up(RedisTimeoutError("Redis does not answer"))
+
+    def _give_up(self, error: RedisError) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for answer, _ in self._calls:
             if not answer.done():
-                answer.set_exception(_broken())
+                answer.set_exception(error)
         self._calls.clear()
 
 

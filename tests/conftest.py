@@ -104,9 +104,14 @@ def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
     return Claims(redis, worker, **(limits | changes))
 
 
+def flat(entries: Sequence[Entry]) -> list[str | bytes]:
+    """As a Batch has them."""
+    return [part for entry in entries for part in entry]
+
+
 async def append(log: Log, claim: Claim, first: int, entries: Sequence[Entry]) -> Appended:
     """What one attempt appends, alone in its call."""
-    batch = Batch(claim.stream_id, claim.attempt, claim.owner, first, entries)
+    batch = Batch(claim.stream_id, claim.attempt, claim.owner, first, flat(entries))
     [outcome] = await log.append([batch])
     if isinstance(outcome, Exception):
         raise outcome

@@ -14,7 +14,7 @@ from relay.claim import Claim
 from relay.errors import StreamLost
 from relay.events import STARTED, TEXT, entry
 from relay.log import Appended, Batch, Log
-from tests.conftest import make_claims, make_log
+from tests.conftest import flat, make_claims, make_log
 from worker import appender as module
 from worker.appender import Appender
 
@@ -35,7 +35,7 @@ class CountedLog(Log):
 
     async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         self.called.set()
-        self.calls.append([len(batch.entries) for batch in batches])
+        self.calls.append([batch.length for batch in batches])
         await self.open.wait()
         if self.fail:
             self.fail -= 1
@@ -62,7 +62,7 @@ class Writer:
     def batch(self, limit: int) -> Batch | None:
         entries = self._entries[self._standing :][:limit]
         claim = self.claim
-        return Batch(claim.stream_id, claim.attempt, claim.owner, self._standing, entries)
+        return Batch(claim.stream_id, claim.attempt, claim.owner, self._standing, flat(entries))
 
     def settle(self, outcome: Appended | StreamLost) -> None:
         if isinstance(outcome, StreamLost):

@@ -11,7 +11,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
 from relay import keys
-from relay.connection import connect, open_connection, script
+from relay.connection import Script, connect, open_connection
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
 
@@ -24,8 +24,8 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("name", SCRIPTS)
 async def test_redis_understands_each_script(redis: Redis, name: str) -> None:
-    registered = script(redis, name)
-    assert await redis.script_load(registered.script) == registered.sha
+    script = Script(redis, name)
+    assert await redis.script_load(script.source) == script.sha
 
 
 async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
@@ -165,6 +165,16 @@ async def test_an_answer_that_takes_too_long_ends_the_connection(
             await ours.ping()
         await redis.client_unpause()
         assert await ours.client_id() != number
+
+
+async def test_each_call_is_given_its_time_from_when_it_was_made(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url, answer_seconds=0.5) as ours, asyncio.timeout(5):
+        await ours.ping()
+        for _ in range(3):
+            await redis.client_pause(300)
+            assert await ours.ping()
 
 
 async def test_a_redis_that_is_away_is_a_redis_error() -> None:

@@ -3,7 +3,7 @@ import gc
 import hashlib
 import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -166,8 +166,8 @@ async def test_nothing_the_upstream_said_is_lost(
     expander = Expander()
     events = await log.read(claim.stream_id)
     told = [chunk for event in events if (chunk := expander.chunk(event)) is not None]
-    answer = upstream.stream(asking(**script))
-    said = [parse(data) async for together in answer for data in together]
+    said: list[Chunk] = []
+    await upstream.stream(asking(**script), lambda together: said.extend(map(parse, together)))
     for chunk in (*told, *said):  # Of two answers to the same question only these differ.
         for name in ("id", "created"):
             chunk.pop(name, None)
@@ -241,8 +241,8 @@ async def test_a_request_that_cannot_be_read_ends_its_stream_alone(
 
 
 class BrokenUpstream(Upstream):
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
-        yield [b'{"choices":[{"index":0,"delta":{"content":"so far"},"finish_reason":null}]}']
+    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
+        take([b'{"choices":[{"index":0,"delta":{"content":"so far"},"finish_reason":null}]}'])
         raise RuntimeError(str(request["messages"]))
 
 
@@ -568,11 +568,10 @@ class DyingUpstream(Upstream):
         super().__init__(settings)
         self.begun = asyncio.Event()
 
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
+    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
         self.begun.set()
         try:
             await asyncio.Event().wait()
-            yield []
         finally:
             raise RuntimeError("the-marker")
 

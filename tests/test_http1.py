@@ -1,6 +1,7 @@
 """The transport to the upstream, on real sockets."""
 
 import asyncio
+import gzip
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import trustme
 import uvloop
 
 from tests.conftest import until
-from worker.http1 import Http1
+from worker.http1 import Http1, pour
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
@@ -124,6 +125,86 @@ async def test_a_piece_is_there_when_it_comes() -> None:
         assert await anext(pieces) == b"a"
         go_on.set()
         assert [piece async for piece in pieces] == [b"b"]
+
+
+async def test_an_answer_is_poured_whole_from_its_first_piece_on() -> None:
+    go_on = asyncio.Event()
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await go_on.wait()
+        writer.write(b"1\r\nb\r\n")
+        await writer.drain()
+        writer.write(b"1\r\nc\r\n0\r\n\r\n")
+
+    pieces: list[bytes] = []
+    async with (
+        serving(answer) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+        asyncio.timeout(5),
+    ):
+        pouring = asyncio.create_task(pour(response, pieces.append))
+        await until_poured(pieces, b"a")
+        go_on.set()
+        await pouring
+    assert b"".join(pieces) == b"abc"
+
+
+async def until_poured(pieces: list[bytes], text: bytes) -> None:
+    async def is_there() -> bool:
+        return b"".join(pieces) == text
+
+    await until(is_there)
+
+
+async def test_a_compressed_answer_is_poured_as_what_it_was() -> None:
+    body = gzip.compress(b"hello world")
+    head = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(body)
+    pieces: list[bytes] = []
+    async with (
+        serving(answering(head + body)) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        await pour(response, pieces.append)
+    assert b"".join(pieces) == b"hello world"
+
+
+async def test_an_answer_that_breaks_off_is_poured_to_there_and_is_an_error() -> None:
+    pieces: list[bytes] = []
+    async with (
+        serving(answering(CHUNKED + b"5\r\nhello\r\n", keep=False)) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await pour(response, pieces.append)
+    assert pieces == [b"hello"]
+
+
+async def test_what_cannot_be_poured_ends_the_answer_and_is_its_error() -> None:
+    def spill(_: bytes) -> None:
+        raise LookupError("no room for it")
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(CHUNKED)
+        await writer.drain()
+        writer.write(b"1\r\na\r\n1\r\nb\r\n")
+        assert await reader.read() == b""
+        server.left.set()
+
+    async with serving(answer) as server, client(server) as http, asyncio.timeout(5):
+        async with http.stream("POST", "/") as response:
+            with pytest.raises(LookupError, match="no room for it"):
+                await pour(response, spill)
+        await server.left.wait()
 
 
 async def test_a_connection_is_used_again() -> None:

@@ -3,7 +3,7 @@ import inspect
 import json
 import sys
 from collections.abc import AsyncIterator, MutableMapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -84,17 +84,19 @@ async def chunks_of(upstream: Upstream, **script: Any) -> list[Chunk]:
 
 
 async def asked(upstream: Upstream, request: dict[str, Any]) -> list[Chunk]:
+    chunks: list[Chunk] = []
     async with asyncio.timeout(5):
-        return [parse(data) async for together in upstream.stream(request) for data in together]
+        await upstream.stream(request, lambda together: chunks.extend(map(parse, together)))
+    return chunks
 
 
 async def failure_of(upstream: Upstream, **script: Any) -> tuple[list[Chunk], UpstreamError]:
     chunks: list[Chunk] = []
     try:
         async with asyncio.timeout(5):
-            async for together in upstream.stream(asking(**script)):
-                for data in together:
-                    chunks.append(parse(data))
+            await upstream.stream(
+                asking(**script), lambda together: chunks.extend(map(parse, together))
+            )
     except UpstreamError as error:
         return chunks, error
     pytest.fail("it did not fail")
@@ -469,13 +471,29 @@ async def test_half_an_emoji_in_a_prompt_is_no_crash(emulator_url: str) -> None:
 # The connection
 
 
-async def test_closing_the_iterator_closes_the_socket(
+async def test_cancelling_an_answer_within_its_chunks_closes_the_socket(
     emulator: Emulator, emulator_url: str
 ) -> None:
-    async with azure(emulator_url) as upstream:
-        async with aclosing(upstream.stream(asking(chunks=9, after=2, end="stall"))) as chunks:
-            while b'"1 "' not in (await anext(chunks))[-1]:
-                pass
+    taken: asyncio.Queue[list[bytes]] = asyncio.Queue()
+    async with azure(emulator_url) as upstream, asyncio.timeout(5):
+        request = asking(chunks=9, after=2, end="stall")
+        answer = asyncio.create_task(upstream.stream(request, taken.put_nowait))
+        while b'"1 "' not in (await taken.get())[-1]:
+            pass
+        answer.cancel()
+        await asyncio.wait([answer])
+        assert (await ended(emulator)).outcome == "disconnected"
+
+
+async def test_what_goes_wrong_with_a_chunk_ends_the_answer_by_that_error(
+    emulator: Emulator, emulator_url: str
+) -> None:
+    def take(_: list[bytes]) -> None:
+        raise LookupError("no room for it")
+
+    async with azure(emulator_url) as upstream, asyncio.timeout(5):
+        with pytest.raises(LookupError, match="no room for it"):
+            await upstream.stream(asking(chunks=9, after=2, end="stall"), take)
         assert (await ended(emulator)).outcome == "disconnected"
 
 

@@ -45,10 +45,8 @@ class Appender:
             self._appending.add_done_callback(self._ended)
 
     async def _append(self) -> None:
+        # A task's step comes after all that the loop has read: what came together goes together.
         while self._waiting:
-            # Let what came together with the last answer be parsed, and lined up.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
             self._take()
             if self._taken:
                 await self._call()
@@ -60,7 +58,7 @@ class Appender:
             del self._waiting[attempt]
             if (batch := attempt.batch(room)) is not None:
                 self._taken[attempt] = batch
-                room -= len(batch.entries)
+                room -= batch.length
 
     async def _call(self) -> None:
         try:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from contextlib import aclosing
 from typing import Any
 
 from relay.chunks import Compactor
@@ -37,7 +36,8 @@ class Generation:
         self._upstream = upstream
         self._answer_seconds = answer_seconds
         self._compactor = Compactor(claim.ordinal, upstream.model)
-        self._entries: list[Entry] = []
+        self._entries: list[str | bytes] = []
+        """As a Batch has them."""
         self._standing = 0
         """How many of them stand in the log."""
         self._over = asyncio.Event()
@@ -76,19 +76,18 @@ class Generation:
 
     async def _read(self) -> None:
         request = json.loads(self._claim.request)
-        async with (
-            asyncio.timeout(self._answer_seconds),
-            aclosing(self._upstream.stream(request)) as chunks,
-        ):
-            async for together in chunks:
-                for chunk in together:
-                    self._line_up(*self._compactor.entries(chunk))
+        async with asyncio.timeout(self._answer_seconds):
+            await self._upstream.stream(request, self._take)
         if not self._compactor.complete:
             raise UpstreamError(
                 "upstream_incomplete",
                 "The model service ended the answer without finishing it: ask again.",
                 retryable=True,
             )
+
+    def _take(self, chunks: list[bytes]) -> None:
+        for chunk in chunks:
+            self._line_up(*self._compactor.entries(chunk))
 
     def _read_ended(self, reader: asyncio.Task[None]) -> None:
         """However reading ended, exactly one terminal event follows, unless the stream is lost."""
@@ -119,16 +118,17 @@ class Generation:
         return {"code": code, "message": message, "retryable": retryable}
 
     def _line_up(self, *entries: Entry) -> None:
-        self._entries += entries
+        for each in entries:
+            self._entries += each
         self._appender.line_up(self)
 
     # As the appender sees it.
 
     def batch(self, limit: int) -> Batch | None:
         standing, claim = self._standing, self._claim
-        if self._lost or standing == len(self._entries):
+        entries = self._entries[2 * standing : 2 * (standing + limit)]
+        if self._lost or not entries:
             return None
-        entries = self._entries[standing : standing + limit]
         return Batch(claim.stream_id, claim.attempt, claim.owner, standing, entries)
 
     def settle(self, outcome: Appended | StreamLost) -> None:
@@ -139,10 +139,10 @@ class Generation:
         self._standing = outcome.next_seq
         if outcome.cancel_asked and not self._cancel_asked:
             self.cancel()
-        if self._standing < len(self._entries):
+        if 2 * self._standing < len(self._entries):
             self._appender.line_up(self)
-        elif self._entries[-1].kind in TERMINAL:
-            logger.info(self._entries[-1].kind, **self._names)
+        elif (kind := str(self._entries[-2])) in TERMINAL:
+            logger.info(kind, **self._names)
             self._over.set()
 
     @property

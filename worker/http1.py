@@ -1,14 +1,14 @@
 """HTTP/1.1 for the SDK's client: a transport by which a chunk costs little.
 
 httpx' own spends more on a chunk than all the rest of a worker does. Here what the socket has is
-parsed where it arrives, in C, and goes to whoever reads in one step. It knows no proxies (the
+parsed where it arrives, in C, and goes from there to whoever takes it. It knows no proxies (the
 caller takes httpx' own then), no HTTP/2, and no request that is not all there at once.
 """
 
 import asyncio
 import ssl
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httptools
 import httpx2
@@ -16,6 +16,19 @@ import httpx2
 Origin = tuple[str, str, int]
 """Scheme, host, port."""
 _PORTS = {"http": 80, "https": 443}
+_POUR = "pour"
+
+
+async def pour(response: httpx2.Response, into: Callable[[bytes], None]) -> None:
+    """Give the body of an answer, piece by piece, to `into`; by this transport in the very step in
+    which a piece comes, and no task has to wake for it. Raises what `into` raises."""
+    poured: Callable[[Callable[[bytes], None]], Awaitable[None]] | None
+    poured = response.extensions.get(_POUR)
+    if poured is None or "content-encoding" in response.headers:
+        async for piece in response.aiter_bytes():
+            into(piece)
+    else:
+        await poured(into)
 
 
 class Http1(httpx2.AsyncBaseTransport):
@@ -38,7 +51,11 @@ class Http1(httpx2.AsyncBaseTransport):
             await exchange.aclose()
             raise
         return httpx2.Response(
-            exchange.status, headers=exchange.headers, stream=exchange, request=request
+            exchange.status,
+            headers=exchange.headers,
+            stream=exchange,
+            request=request,
+            extensions={_POUR: exchange.pour},
         )
 
     async def aclose(self) -> None:
@@ -81,7 +98,8 @@ class _Exchange(httpx2.AsyncByteStream):
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
         self._came = b""
-        self._error: httpx2.TransportError | None = None
+        self._into: Callable[[bytes], None] | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
@@ -91,6 +109,14 @@ class _Exchange(httpx2.AsyncByteStream):
 
     async def headers_came(self) -> None:
         while not self.begun:
+            await self._more()
+
+    async def pour(self, into: Callable[[bytes], None]) -> None:
+        came, self._came = self._came, b""
+        if came:
+            into(came)
+        self._into = into
+        while not self.ended:
             await self._more()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -105,6 +131,7 @@ class _Exchange(httpx2.AsyncByteStream):
         return came
 
     async def aclose(self) -> None:
+        self._into = None
         if not self.ended:
             self._connection.close()
 
@@ -116,14 +143,32 @@ class _Exchange(httpx2.AsyncByteStream):
 
     # As the connection sees it.
 
+    def begin(self) -> None:
+        self.begun = True
+        self._wake()
+
     def add(self, data: bytes) -> None:
-        self._came += data
+        if self._error is not None:
+            return
+        if self._into is None:
+            self._came += data
+            self._wake()
+            return
+        try:
+            self._into(data)
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is waited for
+            self.fail(error)
+            self._connection.close()
 
-    def fail(self, error: httpx2.TransportError) -> None:
-        self._error = error
-        self.wake()
+    def end(self) -> None:
+        self.ended = True
+        self._wake()
 
-    def wake(self) -> None:
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -170,7 +215,6 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.close()
             exchange.fail(httpx2.RemoteProtocolError(str(error)))
-        exchange.wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self in self._idle:
@@ -178,8 +222,7 @@ class _Connection(asyncio.Protocol):
         if (exchange := self._exchange) is None:
             return
         if exchange.begun and not self._ends_by_length and error is None:
-            exchange.ended = True
-            exchange.wake()
+            exchange.end()
         else:
             exchange.fail(httpx2.RemoteProtocolError("the connection ended within an answer"))
 
@@ -195,7 +238,7 @@ class _Connection(asyncio.Protocol):
         assert self._exchange is not None  # noqa: S101
         self._exchange.status = self._parser.get_status_code()
         if self._exchange.status >= 200:
-            self._exchange.begun = True
+            self._exchange.begin()
         else:
             self._exchange.headers.clear()  # Of a notice; the answer is yet to come.
             self._ends_by_length = False
@@ -208,7 +251,7 @@ class _Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or not exchange.begun:
             return
-        exchange.ended = True
+        exchange.end()
         self._exchange = None
         if self._parser.should_keep_alive():
             self._idle_since = self._loop.time()

@@ -4,8 +4,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -20,7 +19,7 @@ from relay.events import join_text
 from relay.logs import get_logger
 from relay.settings import Settings, UpstreamSettings
 from relay.turnstile import Turnstile
-from worker.http1 import Http1
+from worker.http1 import Http1, pour
 from worker.retry import delay_before
 from worker.sse import Decoder
 
@@ -56,54 +55,61 @@ class Upstream:
     async def close(self) -> None:
         await self._client.close()
 
-    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
-        """The chunks of the answer as the upstream sent them, to its [DONE]: each as its JSON, and
-        together those that came together.
+    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
+        """Give `take` the chunks of the answer as the upstream sent them, to its [DONE]: each as
+        its JSON, and together those that came together, in the very step in which they came.
 
-        Take them without waiting for anything else in between: how long the upstream is silent is
-        counted in the task that takes. Closing the iterator closes the connection. Raises
-        UpstreamError.
+        Cancelling it closes the connection. Raises UpstreamError, and what `take` raises.
         """
         body = self._body(request)
         for attempt in range(1, self._settings.upstream_tries + 1):
-            begun = False
+            answer = _Answer(take)
             try:
-                async with aclosing(self._ask(body)) as answer:
-                    async for chunks in answer:
-                        if not begun:
-                            parse(chunks[0])  # An error in its place is asked again.
-                        begun = True
-                        yield chunks
+                await self._ask(body, answer)
                 return
             except _FAILURES as cause:
                 error = _translated(cause)
-                if begun or not error.retryable or attempt == self._settings.upstream_tries:
+                last = attempt == self._settings.upstream_tries
+                if answer.begun or not error.retryable or last:
                     raise error from None
                 seconds = delay_before(attempt + 1, _headers(cause), random.random())  # noqa: S311
             logger.warning("upstream_retry", code=error.code, attempt=attempt, seconds=seconds)
             await asyncio.sleep(seconds)
 
-    async def _ask(self, body: dict[str, Any]) -> AsyncGenerator[list[bytes]]:
-        # Not by chat.completions.create: half of the cost of a request is that it builds a model of
-        # it, and nearly all of a chunk's, that it builds one of that.
-        asked = self._client.post(
-            "/chat/completions",
-            body=body,
-            cast_to=object,
-            stream=True,
-            stream_cls=AsyncStream[object],
-        )
-        decoder, loop = Decoder(), asyncio.get_running_loop()
+    async def _ask(self, body: dict[str, Any], answer: "_Answer") -> None:
         await self._turnstile.passed()
-        async with (
-            asyncio.timeout(self._settings.first_chunk_seconds) as limit,
-            await asked as stream,
-        ):
+        async with asyncio.timeout(self._settings.first_chunk_seconds):
+            # Not by chat.completions.create: half of the cost of a request is that it builds a
+            # model of it, and nearly all of a chunk's, that it builds one of that.
+            stream = await self._client.post(
+                "/chat/completions",
+                body=body,
+                cast_to=object,
+                stream=True,
+                stream_cls=AsyncStream[object],
+            )
+        async with stream:
+            if not stream.response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                raise Garbled
             # Past [DONE], to the end of the body: so the connection can be used again.
-            async for piece in _body_of(stream.response):
-                if chunks := [data for data in decoder.feed(piece) if data != DONE]:
-                    yield chunks
-                    limit.reschedule(loop.time() + self._settings.stall_seconds)
+            pouring = asyncio.create_task(pour(stream.response, answer.feed))
+            try:
+                await self._until_silent(pouring, answer)
+            finally:
+                pouring.cancel()
+
+    async def _until_silent(self, pouring: asyncio.Task[None], answer: "_Answer") -> None:
+        """Return at the end of the answer; raises TimeoutError if it has fallen silent. To look
+        when that could be costs less than to set a timer with each chunk."""
+        loop, stall = asyncio.get_running_loop(), self._settings.stall_seconds
+        while not pouring.done():
+            patience = stall if answer.begun else self._settings.first_chunk_seconds
+            left = answer.heard + patience - loop.time()
+            if left <= 0:
+                raise TimeoutError
+            # No longer than a stall, for the first chunk may come in between.
+            await asyncio.wait({pouring}, timeout=min(left, stall))
+        pouring.result()
 
     def _body(self, request: dict[str, Any]) -> dict[str, Any]:
         """The caller's fields, the server's defaults where it left them out, and what is asked of,
@@ -119,6 +125,28 @@ class Upstream:
             body.setdefault("max_tokens", settings.max_tokens)
         ours = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
         return body | ours
+
+
+class _Answer:
+    """What has come of one attempt at an answer."""
+
+    def __init__(self, take: Callable[[list[bytes]], None]) -> None:
+        self._take = take
+        self._decoder = Decoder()
+        self._loop = asyncio.get_running_loop()
+        self.begun = False
+        self.heard = self._loop.time()
+        """When the last chunk came; until there is one, when it was asked for."""
+
+    def feed(self, piece: bytes) -> None:
+        chunks = [data for data in self._decoder.feed(piece) if data != DONE]
+        if not chunks:
+            return
+        if not self.begun:
+            parse(chunks[0])  # An error in its place is asked again.
+            self.begun = True
+        self.heard = self._loop.time()
+        self._take(chunks)
 
 
 def _with_whole_characters(request: dict[str, Any]) -> dict[str, Any]:
@@ -174,17 +202,6 @@ def _token_provider(upstream: UpstreamSettings) -> Any:
             "AZURE_OPENAI_ENTRA needs the extra: pip install 'chat-relay[entra]'."
         ) from None
     return get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
-
-
-def _body_of(response: httpx2.Response) -> AsyncIterator[bytes]:
-    if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
-        raise Garbled
-    if "content-encoding" in response.headers:
-        return response.aiter_bytes()
-    # The same without two generators between, through which each chunk would have to go.
-    stream = response.stream
-    assert isinstance(stream, AsyncIterable)  # noqa: S101
-    return aiter(stream)
 
 
 _FAILURES = (
