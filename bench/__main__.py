@@ -7,6 +7,7 @@ this one an hour later. It fails where a ratio is so far off that something brok
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 from bench import (
@@ -40,8 +41,10 @@ def main(parts: list[str], *, quick: bool, file: Path | None) -> int:
     figures: dict[str, object] = {"machine": describe()}
     targets: list[Target] = []
     for part in parts:
+        begun = time.monotonic()
         report = PARTS[part](quick)
         report.print()
+        print(f"({part}: {time.monotonic() - begun:.0f} s)", flush=True)
         figures[part] = report.figures
         targets += report.targets
         if file is not None:

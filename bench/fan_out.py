@@ -27,7 +27,7 @@ class Pace(NamedTuple):
         return f"{self.viewers} x {1000 / self.delay_ms:.0f}/s"
 
 
-PACES = [Pace(100, 4000, 1, 16), Pace(1000, 200, 20, 8), Pace(1000, 1000, 2, 8)]
+PACES = [Pace(100, 4000, 1, 16), Pace(1000, 200, 20, 8), Pace(1000, 600, 2, 8)]
 """The last is more than any of them can do event by event."""
 ARRIVALS_PER_SECOND = 800
 FIRST_MS = 1500

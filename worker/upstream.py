@@ -152,7 +152,9 @@ class _Answer:
 def _with_whole_characters(request: dict[str, Any]) -> dict[str, Any]:
     """A copy in which half an emoji, which UTF-8 cannot carry, is a replacement character."""
     text = json.dumps(request, ensure_ascii=False)
-    copy: dict[str, Any] = json.loads(join_text([text]))
+    if (whole := join_text([text])) == text:
+        return dict(request)
+    copy: dict[str, Any] = json.loads(whole)
     return copy
 
 

@@ -18,8 +18,8 @@ def encoder() -> Callable[[Event], bytes]:
 def encode(event: Event) -> bytes:
     """`id:` is the cursor, `event:` the kind, `data:` one JSON object."""
     if event.kind == TEXT:
-        # The stored value is a JSON string already: it goes out as it came.
-        return _frame(b'{"text":%s}' % event.data, "chunk", str(event.cursor))
+        # The stored value is a JSON string already: it goes out as it came, on one line.
+        return b'id: %d-%d\nevent: chunk\ndata: {"text":%b}\n\n' % (*event.cursor, event.data)
     if event.kind == WHOLE:
         return _frame(_whole(event), "chunk", str(event.cursor))
     if event.kind == STARTED:
