@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import hiredis
@@ -112,7 +113,7 @@ class Pipe(Replies):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self._give_up(_broken())
+        self._give_up(_broken)
 
     def _look(self) -> None:
         """When the one that waits longest could be over its time: to set a timer for each call
@@ -125,16 +126,20 @@ class Pipe(Replies):
             self._timer = self._loop.call_at(until, self._look)
         else:
             self.close()
-            self._give_up(RedisTimeoutError("Redis does not answer"))
+            self._give_up(_silent)
 
-    def _give_up(self, error: RedisError) -> None:
+    def _give_up(self, error: Callable[[], RedisError]) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         for answer, _ in self._calls:
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(error())
         self._calls.clear()
+
+
+def _silent() -> RedisTimeoutError:
+    return RedisTimeoutError("Redis does not answer")
 
 
 def _broken() -> RedisConnectionError:

@@ -94,11 +94,12 @@ class Upstream:
             # Past [DONE], to the end of the body: so the connection can be used again.
             pouring = asyncio.create_task(pour(stream.response, answer.feed))
             try:
-                await self._until_silent(pouring, answer)
+                await self._until_ended(pouring, answer)
             finally:
                 pouring.cancel()
+                await asyncio.gather(pouring, return_exceptions=True)
 
-    async def _until_silent(self, pouring: asyncio.Task[None], answer: "_Answer") -> None:
+    async def _until_ended(self, pouring: asyncio.Task[None], answer: "_Answer") -> None:
         """Return at the end of the answer; raises TimeoutError if it has fallen silent. To look
         when that could be costs less than to set a timer with each chunk."""
         loop, stall = asyncio.get_running_loop(), self._settings.stall_seconds
