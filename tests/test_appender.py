@@ -117,6 +117,21 @@ async def test_what_lines_up_during_a_call_goes_together_in_the_next(
     assert [await texts(counted, writer) for writer in others] == [["a", "b"]] * 19
 
 
+async def test_the_first_call_waits_for_nothing_and_the_next_for_what_comes_soon(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [writer] = await writers(redis, counted, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "APART_SECONDS", 0.3)
+        writer.say("a")
+        await writer.stands()
+        for text in "bcd":
+            writer.say(text)
+            await redis.ping()
+        await writer.stands()
+    assert counted.calls == [[2], [3]]
+
+
 async def test_a_call_holds_so_many_entries_and_whoever_has_more_waits_for_the_others(
     redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,9 @@ logger = get_logger("appender")
 
 ENTRIES_AT_ONCE = 1000
 """Of one call: while it appends, Redis does nothing else."""
+APART_SECONDS = 0.001
+"""From the beginning of one call to that of the next, at least. With a hundred streams that is a
+third fewer calls for half a millisecond of delay; whoever comes alone waits for nothing."""
 REDIS_RETRY_SECONDS = 0.2
 
 
@@ -31,6 +34,9 @@ class Attempt(Protocol):
 class Appender:
     """One call at a time, of all that has lined up meanwhile. It repeats what failed, in order."""
 
+    _next_call = 0.0
+    """By the loop's clock, not before."""
+
     def __init__(self, log: Log) -> None:
         self._log = log
         # A dict for its order: first come, first appended.
@@ -46,7 +52,11 @@ class Appender:
 
     async def _append(self) -> None:
         # A task's step comes after all that the loop has read: what came together goes together.
+        loop = asyncio.get_running_loop()
         while self._waiting:
+            if (pause := self._next_call - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            self._next_call = loop.time() + APART_SECONDS
             self._take()
             if self._taken:
                 await self._call()
