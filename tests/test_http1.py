@@ -186,25 +186,36 @@ async def test_an_answer_that_breaks_off_is_poured_to_there_and_is_an_error() ->
     assert pieces == [b"hello"]
 
 
-async def test_what_cannot_be_poured_ends_the_answer_and_is_its_error() -> None:
-    def spill(_: bytes) -> None:
-        raise LookupError("no room for it")
+@pytest.mark.parametrize("rest", [b"1\r\nc\r\n", b"0\r\n\r\n"], ids=["more", "its end"])
+async def test_what_cannot_be_poured_ends_the_answer_and_is_its_error(rest: bytes) -> None:
+    go_on = asyncio.Event()
 
     async def answer(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await server.request(reader)
-        writer.write(CHUNKED)
-        await writer.drain()
-        writer.write(b"1\r\na\r\n1\r\nb\r\n")
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await go_on.wait()
+        writer.write(b"1\r\nb\r\n" + rest)
         assert await reader.read() == b""
         server.left.set()
 
+    pieces: list[bytes] = []
+
+    def into(piece: bytes) -> None:
+        if piece == b"b":
+            raise LookupError("no room for it")
+        pieces.append(piece)
+
     async with serving(answer) as server, client(server) as http, asyncio.timeout(5):
         async with http.stream("POST", "/") as response:
+            pouring = asyncio.create_task(pour(response, into))
+            await until_poured(pieces, b"a")
+            go_on.set()
             with pytest.raises(LookupError, match="no room for it"):
-                await pour(response, spill)
+                await pouring
         await server.left.wait()
+    assert pieces == [b"a"]
 
 
 async def test_a_connection_is_used_again() -> None:

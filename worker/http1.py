@@ -160,12 +160,16 @@ class _Exchange(httpx2.AsyncByteStream):
             self.fail(error)
             self._connection.close()
 
+    # What is first counts: an end after an error is no proper one, and an error after the end none
+    # of this answer.
+
     def end(self) -> None:
-        self.ended = True
+        self.ended = self._error is None
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        self._error = self._error or error
+        if not self.ended:
+            self._error = self._error or error
         self._wake()
 
     def _wake(self) -> None:
