@@ -117,19 +117,33 @@ async def test_what_lines_up_during_a_call_goes_together_in_the_next(
     assert [await texts(counted, writer) for writer in others] == [["a", "b"]] * 19
 
 
-async def test_the_first_call_waits_for_nothing_and_the_next_for_what_comes_soon(
+async def test_whoever_is_alone_waits_for_nothing(
     redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "APART_SECONDS", 60)
     [writer] = await writers(redis, counted, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "APART_SECONDS", 0.3)
-        writer.say("a")
+    for text in "abc":
+        writer.say(text)
         await writer.stands()
-        for text in "bcd":
+    assert counted.calls == [[2], [1], [1]]
+
+
+async def test_of_several_the_next_call_waits_for_what_comes_soon(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "APART_SECONDS", 0.3)
+    some = await writers(redis, counted, 2)
+    for writer in some:
+        writer.say("a")
+    for writer in some:
+        await writer.stands()
+    for text in "bc":
+        for writer in some:
             writer.say(text)
             await redis.ping()
+    for writer in some:
         await writer.stands()
-    assert counted.calls == [[2], [3]]
+    assert counted.calls == [[2, 2], [2, 2]]
 
 
 async def test_a_call_holds_so_many_entries_and_whoever_has_more_waits_for_the_others(
