@@ -35,7 +35,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The relay beside other ways of doing it, some 18 minutes. Some of those need npm or apt-get;
+# The relay beside other ways of doing it, some 15 minutes. Some of those need npm or apt-get;
 # without them they are left out.
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench
