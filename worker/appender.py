@@ -15,8 +15,8 @@ logger = get_logger("appender")
 ENTRIES_AT_ONCE = 1000
 """Of one call: while it appends, Redis does nothing else."""
 APART_SECONDS = 0.001
-"""From the beginning of a call to that of the next, at least, unless it is the same ones again. With
-a hundred streams that is a third fewer calls for half a millisecond of delay; whoever is alone
+"""From the beginning of a call to that of the next, at least, unless it is the same ones again.
+With a hundred streams that is a third fewer calls for half a millisecond of delay; whoever is alone
 waits for nothing."""
 REDIS_RETRY_SECONDS = 0.2
 
