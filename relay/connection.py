@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from functools import cache
 from hashlib import sha1
 from importlib import resources
 from typing import Any, cast
@@ -50,8 +51,7 @@ class Script:
     is called as often."""
 
     def __init__(self, redis: Redis, name: str) -> None:
-        folder = resources.files("relay") / "lua"
-        self.source = (folder / "_common.lua").read_bytes() + (folder / f"{name}.lua").read_bytes()
+        self.source = _source(name)
         self.sha = sha1(self.source, usedforsecurity=False).hexdigest()
         self._redis = redis
 
@@ -63,6 +63,12 @@ class Script:
             return await self._redis.execute_command("EVALSHA", self.sha, *call)  # type: ignore[no-untyped-call]
         except NoScriptError:  # Redis began anew, or was told to forget it.
             return await self._redis.execute_command("EVAL", self.source, *call)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _source(name: str) -> bytes:
+    folder = resources.files("relay") / "lua"
+    return (folder / "_common.lua").read_bytes() + (folder / f"{name}.lua").read_bytes()
 
 
 class _Pool(BlockingConnectionPool):

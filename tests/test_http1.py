@@ -105,8 +105,8 @@ async def test_an_answer_comes_whole_however_it_is_framed(pieces: list[bytes], k
         assert f"Host: 127.0.0.1:{server.port}".encode() in asked
 
 
-async def test_a_piece_is_there_when_it_comes() -> None:
-    go_on = asyncio.Event()
+def answering_in_two(go_on: asyncio.Event, *rest: bytes) -> Callable[..., Awaitable[None]]:
+    """An `a` at once, the rest when it is to go on, and then it waits until the client leaves."""
 
     async def answer(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -114,10 +114,20 @@ async def test_a_piece_is_there_when_it_comes() -> None:
         await server.request(reader)
         writer.write(CHUNKED + b"1\r\na\r\n")
         await go_on.wait()
-        writer.write(b"1\r\nb\r\n0\r\n\r\n")
+        for piece in rest:
+            writer.write(piece)
+            await writer.drain()
+        assert await reader.read() == b""
+        server.left.set()
+
+    return answer
+
+
+async def test_a_piece_is_there_when_it_comes() -> None:
+    go_on = asyncio.Event()
 
     async with (
-        serving(answer) as server,
+        serving(answering_in_two(go_on, b"1\r\nb\r\n0\r\n\r\n")) as server,
         client(server) as http,
         http.stream("POST", "/") as response,
     ):
@@ -130,19 +140,9 @@ async def test_a_piece_is_there_when_it_comes() -> None:
 async def test_an_answer_is_poured_whole_from_its_first_piece_on() -> None:
     go_on = asyncio.Event()
 
-    async def answer(
-        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await server.request(reader)
-        writer.write(CHUNKED + b"1\r\na\r\n")
-        await go_on.wait()
-        writer.write(b"1\r\nb\r\n")
-        await writer.drain()
-        writer.write(b"1\r\nc\r\n0\r\n\r\n")
-
     pieces: list[bytes] = []
     async with (
-        serving(answer) as server,
+        serving(answering_in_two(go_on, b"1\r\nb\r\n", b"1\r\nc\r\n0\r\n\r\n")) as server,
         client(server) as http,
         http.stream("POST", "/") as response,
         asyncio.timeout(5),
@@ -190,16 +190,7 @@ async def test_an_answer_that_breaks_off_is_poured_to_there_and_is_an_error() ->
 async def test_what_cannot_be_poured_ends_the_answer_and_is_its_error(rest: bytes) -> None:
     go_on = asyncio.Event()
 
-    async def answer(
-        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await server.request(reader)
-        writer.write(CHUNKED + b"1\r\na\r\n")
-        await go_on.wait()
-        writer.write(b"1\r\nb\r\n" + rest)
-        assert await reader.read() == b""
-        server.left.set()
-
+    answer = answering_in_two(go_on, b"1\r\nb\r\n" + rest)
     pieces: list[bytes] = []
 
     def into(piece: bytes) -> None:

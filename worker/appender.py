@@ -35,14 +35,14 @@ class Attempt(Protocol):
 class Appender:
     """One call at a time, of all that has lined up meanwhile. It repeats what failed, in order."""
 
-    _next_call = 0.0
-    """By the loop's clock, not before."""
-
     def __init__(self, log: Log) -> None:
         self._log = log
         # A dict for its order: first come, first appended.
         self._waiting: dict[Attempt, None] = {}
         self._taken: dict[Attempt, Batch] = {}
+        """By the last call."""
+        self._next_call = 0.0
+        """By the loop's clock, not before."""
         self._appending: asyncio.Task[None] | None = None
 
     def line_up(self, attempt: Attempt) -> None:
