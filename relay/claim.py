@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 from redis.asyncio import Redis
 
 from relay import keys
-from relay.connection import Script
+from relay.connection import script
 from relay.events import to_json
 from relay.settings import Settings
 
@@ -74,9 +74,9 @@ class Claims:
         self._queue_limit = queue_limit
         self._max_attempts = max_attempts
         self._calls = 0
-        self._claim = Script(redis, "claim")
-        self._renew = Script(redis, "renew")
-        self._release = Script(redis, "release")
+        self._claim = script(redis, "claim")
+        self._renew = script(redis, "renew")
+        self._release = script(redis, "release")
 
     @classmethod
     def configured(cls, redis: Redis, worker: str, settings: Settings) -> Self:

@@ -1,9 +1,8 @@
 """Connections to Redis, and the Lua scripts that run in it."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
-from hashlib import sha1
 from importlib import resources
 from typing import Any, cast
 
@@ -15,10 +14,9 @@ from redis.asyncio.connection import (
     UnixDomainSocketConnection,
     parse_url,
 )
+from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.typing import EncodableT
 
 from relay.pipe import Pipe
 
@@ -46,29 +44,14 @@ def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_S
     return redis
 
 
-class Script:
-    """A Lua script, called by its hash. redis-py's own is the same by four calls more, and nothing
-    is called as often."""
-
-    def __init__(self, redis: Redis, name: str) -> None:
-        self.source = _source(name)
-        self.sha = sha1(self.source, usedforsecurity=False).hexdigest()
-        self._redis = redis
-
-    async def __call__(
-        self, keys: Sequence[EncodableT] = (), args: Sequence[EncodableT] = ()
-    ) -> Any:
-        call = len(keys), *keys, *args
-        try:
-            return await self._redis.execute_command("EVALSHA", self.sha, *call)  # type: ignore[no-untyped-call]
-        except NoScriptError:  # Redis began anew, or was told to forget it.
-            return await self._redis.execute_command("EVAL", self.source, *call)  # type: ignore[no-untyped-call]
+def script(redis: Redis, name: str) -> AsyncScript:
+    return redis.register_script(_source(name))
 
 
 @cache
-def _source(name: str) -> bytes:
+def _source(name: str) -> str:
     folder = resources.files("relay") / "lua"
-    return (folder / "_common.lua").read_bytes() + (folder / f"{name}.lua").read_bytes()
+    return (folder / "_common.lua").read_text() + (folder / f"{name}.lua").read_text()
 
 
 class _Pool(BlockingConnectionPool):

@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 from redis.typing import EncodableT
 
 from relay import keys
-from relay.connection import Script
+from relay.connection import script
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
 from relay.events import QUEUED, TERMINAL, Cursor, Event, to_json
 from relay.ids import new_stream_id
@@ -91,10 +91,10 @@ class Log:
         self._live_ms = live_ms
         self._retention_ms = retention_ms
         self._queue_limit = queue_limit
-        self._create = Script(redis, "create")
-        self._append = Script(redis, "append")
-        self._cancel = Script(redis, "cancel")
-        self._erase = Script(redis, "erase")
+        self._create = script(redis, "create")
+        self._append = script(redis, "append")
+        self._cancel = script(redis, "cancel")
+        self._erase = script(redis, "erase")
 
     @classmethod
     def configured(cls, redis: Redis, settings: Settings) -> Self:

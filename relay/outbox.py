@@ -10,7 +10,7 @@ from typing import NamedTuple
 from redis.asyncio import Redis
 
 from relay import keys
-from relay.connection import Script
+from relay.connection import script
 
 LEASE_SECONDS = 30
 """For one try; longer than that it never takes."""
@@ -37,7 +37,7 @@ class Outbox:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._take = Script(redis, "take")
+        self._take = script(redis, "take")
 
     async def take(self, want: int) -> list[Delivery]:
         """Up to `want` that are due, the longest waiting first. Each is due again after its lease,

@@ -11,7 +11,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
 from relay import keys
-from relay.connection import Script, connect, open_connection
+from relay.connection import connect, open_connection, script
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
 
@@ -24,8 +24,8 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("name", SCRIPTS)
 async def test_redis_understands_each_script(redis: Redis, name: str) -> None:
-    script = Script(redis, name)
-    assert await redis.script_load(script.source) == script.sha
+    known = script(redis, name)
+    assert await redis.script_load(known.script) == known.sha
 
 
 async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
