@@ -1,7 +1,7 @@
 """All settings, read once from the environment (and `.env`) at the entry of each process."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -12,6 +12,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import parse_url
@@ -110,6 +111,15 @@ class Settings(BaseSettings):
         except ValueError:
             raise ValueError("must be a URL such as redis://HOST:6379/0") from None
         return url
+
+    @model_validator(mode="after")
+    def _lease_within_life(self) -> Self:
+        if self.lease_seconds > self.live_seconds:
+            # Streams would expire under the worker that answers them.
+            raise ConfigurationError(
+                "RELAY_LEASE_SECONDS must not be more than RELAY_LIVE_SECONDS: set one of them."
+            )
+        return self
 
     @property
     def live_ms(self) -> int:

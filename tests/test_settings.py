@@ -196,6 +196,17 @@ def test_a_lease_that_redis_cannot_keep_is_refused(
         load(monkeypatch, {"RELAY_LEASE_SECONDS": seconds})
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [{"RELAY_LIVE_SECONDS": "3"}, {"RELAY_LIVE_SECONDS": "20", "RELAY_LEASE_SECONDS": "21"}],
+)
+def test_a_stream_may_not_expire_before_its_lease(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"^RELAY_LEASE_SECONDS .* RELAY_LIVE_SECONDS"):
+        load(monkeypatch, environment)
+
+
 @pytest.mark.parametrize("url", ["redis://:pw@host:1/2", "rediss://host", "unix:///tmp/x?db=1"])
 def test_every_way_to_a_redis_is_allowed(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     assert load(monkeypatch, {"REDIS_URL": url}).redis_url == url
