@@ -135,7 +135,8 @@ async def test_the_check_without_redis_says_so_in_a_line(
     ) as check:
         code, written = await ended(check)
     assert code == 1
-    assert "Traceback" not in written
+    [line] = written.splitlines()
+    assert "redis_away" in line
 
 
 async def test_a_worker_that_starts_before_redis_waits_for_it(

@@ -1,13 +1,15 @@
 """Whether a worker on this host is alive, for a container's health check. Quick to import."""
 
 import socket
-from contextlib import suppress
 
 from redis.exceptions import RedisError
 
 from relay import keys
 from relay.connection import connect
+from relay.logs import get_logger
 from relay.settings import Settings
+
+logger = get_logger("worker")
 
 
 def health_key() -> str:
@@ -16,7 +18,9 @@ def health_key() -> str:
 
 async def is_healthy(settings: Settings) -> bool:
     """Whether a worker on this host has reported within the last seconds; False without Redis."""
-    with suppress(RedisError):
+    try:
         async with connect(settings.redis_url, connections=1) as redis:
             return bool(await redis.exists(health_key()))
-    return False
+    except RedisError as error:
+        logger.warning("redis_away", error=type(error).__name__)
+        return False
