@@ -3,7 +3,7 @@
 | key | type | holds |
 |---|---|---|
 | relay:{id}:log | stream | the events of one stream, entry ids `<attempt>-<seq>` |
-| relay:{id}:state | hash | attempt, next, claims, tries, owner, request, webhook, cancel, … |
+| relay:{id}:state | hash | what the scripts must know of it, see below |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
 | relay:chat:{chat id} | string | id of the stream that last began to answer there |
@@ -15,6 +15,20 @@
 | relay:probe | string | written now and then, to see whether Redis takes anything in |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
 | relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
+
+| field of state | written by | holds |
+|---|---|---|
+| request, recovery | create | the body as it came, until the end; `restart` or `fail` |
+| attempt | claim | fencing number of the latest attempt, 0 before the first |
+| next | claim, append | seq of that attempt's next entry |
+| owner | claim | the claim that may write; nobody once it is let go |
+| claims | claim | how often the job was claimed |
+| tries | claim, release | the same, but for those that were handed over in good order |
+| cancel | cancel | 1 once a cancel is asked for |
+| created_ms, started_ms, ended_ms | create, append, whoever ends it | when, by Redis' clock |
+| ended | whoever ends it | the kind of its terminal event |
+| idempotency | create | the Idempotency-Key's own name in Redis |
+| webhook, webhook_tries | create, take | who is to be told of the end; how often it was tried |
 
 | channel | carries |
 |---|---|
