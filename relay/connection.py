@@ -67,7 +67,7 @@ class Piped(Redis):
     """A client whose commands share one connection, which is opened when it is needed.
 
     redis-py would take one from the pool for each command, by locks and timers that cost five times
-    the command, and lose it with a caller that is cancelled. Its pool is left for transactions.
+    the command, and lose it with a caller that is cancelled. Its pool is left for pipelines.
     """
 
     _pipe: Pipe | None = None
@@ -102,14 +102,14 @@ class Piped(Redis):
     async def _open(self) -> Pipe:
         """Whoever needs it while it is being opened waits for the same attempt."""
         if self._opening is None:
-            self._opening = asyncio.create_task(self._opened())
-            self._opening.add_done_callback(self._is_open)
+            self._opening = asyncio.create_task(self._new_pipe())
+            self._opening.add_done_callback(self._keep)
         return await asyncio.shield(self._opening)
 
-    async def _opened(self) -> Pipe:
+    async def _new_pipe(self) -> Pipe:
         return Pipe(await open_connection(self), answer_seconds=self.answer_seconds)
 
-    def _is_open(self, opening: asyncio.Task[Pipe]) -> None:
+    def _keep(self, opening: asyncio.Task[Pipe]) -> None:
         self._opening = None
         if not opening.cancelled() and opening.exception() is None:
             self._pipe = opening.result()
@@ -130,8 +130,9 @@ async def open_connection(redis: Redis) -> "Lean":
 
 
 class Lean(AbstractConnection):
-    """redis-py bounds a write by asyncio.wait_for, which on Python 3.11 returns a result that came
-    together with a cancel, and forgets the cancel: a task in a loop of calls would never end."""
+    """A connection that can be handed over to a protocol of ours, and until then never forgets a
+    cancel. redis-py's own bounds a write by asyncio.wait_for, which on Python 3.11 returns a result
+    that came together with a cancel: a task in a loop of calls would never end."""
 
     def hand_over(self, to: asyncio.Protocol) -> asyncio.Transport:
         assert self._writer is not None  # noqa: S101

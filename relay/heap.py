@@ -3,8 +3,8 @@
 import gc
 
 YOUNG, ROUNDS, ALL = 5_000, 2, 1_000
-"""Objects that came until it looks at those, how often until it looks at them once more, and how
-often that until it looks at everything."""
+"""The collector's thresholds: it looks at the new objects when they are 5,000, at those that stayed
+every 2nd time, and every 1,000th time of that at everything."""
 
 
 def spare_the_collector() -> None:

@@ -28,8 +28,6 @@ class Turnstile:
             turn = self._waiting.popleft()
             if not turn.done():  # Else its task was cancelled.
                 turn.set_result(None)
-                break
-        else:
-            self._turning = False
-            return
-        asyncio.get_running_loop().call_soon(self._turn)
+                asyncio.get_running_loop().call_soon(self._turn)
+                return
+        self._turning = False

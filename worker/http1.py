@@ -160,8 +160,7 @@ class _Exchange(httpx2.AsyncByteStream):
             self.fail(error)
             self._connection.close()
 
-    # What is first counts: an end after an error is no proper one, and an error after the end none
-    # of this answer.
+    # Only the first of end and error counts.
 
     def end(self) -> None:
         self.ended = self._error is None
