@@ -92,8 +92,9 @@ class _Frame(NamedTuple):
 class Compactor:
     """Turns one attempt's chunks into entries, and keeps what its terminal event will tell."""
 
-    def __init__(self, attempt: int, model: str) -> None:
-        self._attempt = attempt
+    def __init__(self, ordinal: int, model: str) -> None:
+        """As `Claim.ordinal`; `model` is named where the upstream names none."""
+        self._ordinal = ordinal
         self._model = model
         self._envelope: Chunk | None = None
         self._shape: bytes | None = None
@@ -128,7 +129,7 @@ class Compactor:
         if self._envelope is None:
             self._envelope = envelope
             model = envelope.get("model") or self._model
-            started = {"attempt": self._attempt, "model": model, "envelope": envelope}
+            started = {"attempt": self._ordinal, "model": model, "envelope": envelope}
             return [entry(STARTED, started), self._compact(rest)]
         if envelope == self._envelope:
             return [self._compact(rest)]

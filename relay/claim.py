@@ -129,7 +129,7 @@ class Claims:
         """
         return await self._let_go()
 
-    async def wake(self, redis: Redis, seconds: float) -> None:
+    async def wait_for_job(self, redis: Redis, seconds: float) -> None:
         """Return when a job was queued, or after `seconds`. `redis` must allow a call that long."""
         await redis.execute_command("BLPOP", keys.WAKE, seconds)  # type: ignore[no-untyped-call]
 

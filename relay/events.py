@@ -106,13 +106,9 @@ def join_text(parts: list[str]) -> str:
     return text
 
 
-def encode_batch(first: Cursor, entries: list[Entry]) -> bytes:
-    """What the channel carries for one append: the first id, then a line per entry."""
-    lines = [str(first).encode(), *(b"%s %s" % (kind.encode(), data) for kind, data in entries)]
-    return b"\n".join(lines)
-
-
 def decode_batch(message: bytes) -> list[Event]:
+    """What the channel carries for one append (lua/append.lua): the first id, then a line for each
+    entry, its kind and its data."""
     head, *lines = message.split(b"\n")
     attempt, seq = (int(part) for part in head.split(b"-"))
     events = []

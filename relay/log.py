@@ -26,6 +26,10 @@ BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""
 
 _PAGE = 2500
+"""Entries in one reply: while Redis makes it, it does nothing else."""
+_PROBE_SECONDS = 60
+VIEWERS_SECONDS = 60
+"""How long a report of viewers counts; a process that died stops counting after that."""
 
 
 class Created(NamedTuple):
@@ -64,7 +68,7 @@ class Appended(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the state hash tells of a stream. Times are Redis' clock, Unix milliseconds."""
+    """How a stream stands. Times are Redis' clock, Unix milliseconds."""
 
     status: str
     claims: int
@@ -126,7 +130,7 @@ class Log:
         """
         stream_id = stream_id or new_stream_id()
         job = serialize_job(JOB, (stream_id,), {}, None, 0, serializer=to_json)
-        verdict, *rest = await self._create(
+        answer = await self._create(
             keys=[
                 keys.log(stream_id),
                 keys.state(stream_id),
@@ -150,15 +154,17 @@ class Log:
                 webhook,
             ],
         )
-        match verdict:
-            case b"full":
-                raise QueueFull("The queue is full: try again in a few seconds.")
-            case b"conflict":
+        match answer:
+            case [b"created", _, subscribers]:
+                return Created(stream_id, repeated=False, heard=subscribers > 0)
+            case [b"repeated", known]:
+                return Created(known.decode(), repeated=True)
+            case [b"conflict"]:
                 raise IdempotencyConflict(
                     "This Idempotency-Key came with another body before: use a new key."
                 )
-        created, *heard = rest
-        return Created(created.decode(), repeated=verdict == b"repeated", heard=any(heard))
+            case _:
+                raise QueueFull("The queue is full: try again in a few seconds.")
 
     async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         """Append what several attempts have, and publish it: each batch in one atom, all in one
@@ -232,7 +238,8 @@ class Log:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
             pipe.zmscore(keys.LEASES, list(stream_ids))
-            pipe.set(keys.PROBE, 1, ex=PROBE_SECONDS)
+            # One that is full or a replica still answers reads: only a write finds that out.
+            pipe.set(keys.PROBE, 1, ex=_PROBE_SECONDS)
             (seconds, micros), until, _ = await pipe.execute()
         now_ms = seconds * 1000 + micros / 1000
         leases = zip(stream_ids, until, strict=True)
@@ -242,7 +249,7 @@ class Log:
         """How long the log will still be readable, in ms; negative if it is gone."""
         return int(await self._redis.pttl(keys.log(stream_id)))
 
-    async def cancel(self, stream_id: str) -> Literal["cancelling"] | str:
+    async def cancel(self, stream_id: str) -> str:
         """Ask for the end of a stream; idempotent. Returns the kind of terminal event that stands
         now, or 'cancelling' while a worker still has to write it. Raises StreamGone."""
         verdict = await self._cancel(
@@ -278,22 +285,18 @@ class Log:
         if not there:
             raise StreamGone(GONE)
 
-    async def report_viewers(self, process: str, counts: dict[str, int], seconds: float) -> None:
-        """Note how many viewers this process has on each stream; 0 withdraws the note."""
+    async def report_viewers(self, process: str, counts: dict[str, int], now_s: float) -> None:
+        """Note how many viewers this process has on each stream at this Unix time; 0 withdraws the
+        note."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for stream_id, count in counts.items():
                 key = keys.viewers(stream_id)
                 if count:
-                    pipe.hset(key, process, json.dumps([count, seconds]))
+                    pipe.hset(key, process, json.dumps([count, now_s]))
                     pipe.expire(key, VIEWERS_SECONDS)
                 else:
                     pipe.hdel(key, process)
             await pipe.execute()
-
-
-PROBE_SECONDS = 60
-VIEWERS_SECONDS = 60
-"""How long a report of viewers counts; a process that died stops counting after that."""
 
 
 def _outcome(batch: Batch, answer: tuple[bytes, int, int]) -> Appended | StreamLost | ResponseError:

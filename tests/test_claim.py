@@ -516,7 +516,7 @@ async def until_blocked(redis: Redis) -> None:
 async def waiting(claims: Claims, redis: Redis, url: str) -> AsyncIterator[None]:
     """Leaves when the worker that waits for a job inside has woken."""
     async with connect(url, answer_seconds=30) as patient, asyncio.timeout(5):
-        wake = asyncio.create_task(claims.wake(patient, 20))
+        wake = asyncio.create_task(claims.wait_for_job(patient, 20))
         await until_blocked(redis)
         yield
         await wake
@@ -549,12 +549,12 @@ async def test_a_job_that_came_before_the_wait_wakes_too(
 ) -> None:
     await create(log)
     async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
-        await claims.wake(patient, 20)
+        await claims.wait_for_job(patient, 20)
 
 
 async def test_a_wait_for_jobs_ends_by_itself(redis: Redis, claims: Claims) -> None:
     async with asyncio.timeout(5):
-        await claims.wake(redis, 0.02)
+        await claims.wait_for_job(redis, 0.02)
 
 
 async def test_a_redis_that_forgot_its_scripts_is_taught_again(

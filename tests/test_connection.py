@@ -86,7 +86,7 @@ async def test_who_waits_for_a_token_no_longer_leaves_it_to_others(
 ) -> None:
     claims = make_claims(redis)
     async with connect(redis_server.url) as hasty:
-        waiting = asyncio.create_task(claims.wake(hasty, 5))
+        waiting = asyncio.create_task(claims.wait_for_job(hasty, 5))
         await until(lambda: is_blocked(redis))
         waiting.cancel()
         await asyncio.wait([waiting])

@@ -503,5 +503,5 @@ async def test_a_process_that_died_stops_counting(settings: Settings, redis: Red
     async with running_api(settings) as api:
         stream_id = await ask(api)
         log = make_log(redis)
-        await log.report_viewers("dead", {stream_id: 9}, seconds=0)
+        await log.report_viewers("dead", {stream_id: 9}, now_s=0)
         assert (await api.get(f"/streams/{stream_id}")).json()["viewers"] == 0

@@ -21,8 +21,8 @@ waits for nothing."""
 REDIS_RETRY_SECONDS = 0.2
 
 
-class Attempt(Protocol):
-    """One that has something to append."""
+class Writer(Protocol):
+    """One attempt at an answer, which has something to append."""
 
     def batch(self, limit: int) -> Batch | None:
         """What lines up from where its log ends, at most `limit` entries; None if it may no longer
@@ -38,15 +38,15 @@ class Appender:
     def __init__(self, log: Log) -> None:
         self._log = log
         # A dict for its order: first come, first appended.
-        self._waiting: dict[Attempt, None] = {}
-        self._taken: dict[Attempt, Batch] = {}
+        self._waiting: dict[Writer, None] = {}
+        self._taken: dict[Writer, Batch] = {}
         """By the last call."""
         self._next_call = 0.0
         """By the loop's clock, not before."""
         self._appending: asyncio.Task[None] | None = None
 
-    def line_up(self, attempt: Attempt) -> None:
-        self._waiting[attempt] = None
+    def line_up(self, writer: Writer) -> None:
+        self._waiting[writer] = None
         if self._appending is None or self._appending.done():
             self._appending = asyncio.create_task(self._append())
             self._appending.add_done_callback(self._ended)
@@ -66,10 +66,10 @@ class Appender:
     def _take(self) -> None:
         self._taken, room = {}, ENTRIES_AT_ONCE
         while self._waiting and room > 0:
-            attempt = next(iter(self._waiting))
-            del self._waiting[attempt]
-            if (batch := attempt.batch(room)) is not None:
-                self._taken[attempt] = batch
+            writer = next(iter(self._waiting))
+            del self._waiting[writer]
+            if (batch := writer.batch(room)) is not None:
+                self._taken[writer] = batch
                 room -= batch.length
 
     async def _call(self) -> None:
@@ -77,19 +77,20 @@ class Appender:
             outcomes = await self._log.append(list(self._taken.values()))
         except RedisError as error:
             logger.warning("append_failed", streams=len(self._taken), error=type(error).__name__)
-            await self._wait_for_redis(self._taken)
+            await self._later(self._taken)
             return
         refused = []
-        for (attempt, batch), outcome in zip(self._taken.items(), outcomes, strict=True):
+        for (writer, batch), outcome in zip(self._taken.items(), outcomes, strict=True):
             if isinstance(outcome, ResponseError):
                 logger.warning("append_refused", stream=batch.stream_id, error=str(outcome))
-                refused.append(attempt)
+                refused.append(writer)
             else:
-                attempt.settle(outcome)
+                writer.settle(outcome)
         if refused:
-            await self._wait_for_redis(refused)
+            await self._later(refused)
 
-    async def _wait_for_redis(self, failed: Iterable[Attempt]) -> None:
+    async def _later(self, failed: Iterable[Writer]) -> None:
+        """Put them back in front, and give Redis time."""
         self._waiting = dict.fromkeys(failed) | self._waiting
         await asyncio.sleep(REDIS_RETRY_SECONDS)
 
@@ -97,6 +98,6 @@ class Appender:
         if not appending.cancelled() and (error := appending.exception()) is not None:
             # Attempts that hold a lease and cannot write would hang: rather let others have them.
             logger.critical("appender_died", exc_info=error)
-            for attempt in self._taken | self._waiting:
-                attempt.settle(StreamLost("what writes it has died"))
+            for writer in self._taken | self._waiting:
+                writer.settle(StreamLost("what writes it has died"))
             self._waiting = {}

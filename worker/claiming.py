@@ -127,7 +127,7 @@ class ClaimingWorker(Worker):
         await self._patient_redis.aclose(close_connection_pool=True)
 
     def _finish_deliveries(self) -> None:
-        """arq waits for its tasks, and so for what is under way to whoever is told of an end."""
+        """What is under way goes among arq's tasks, for which arq waits."""
         self._deliveries.stop()
         if self._delivering is not None and not self._delivering.done():
             self.tasks["deliveries"] = self._delivering
@@ -144,7 +144,7 @@ class ClaimingWorker(Worker):
                 taken = await self._claim(free)
                 if taken < free and self.allow_pick_jobs:
                     self._waiting = True
-                    await self._claims.wake(self._patient_redis, POLL_SECONDS)
+                    await self._claims.wait_for_job(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
                 logger.warning("claim_failed", error=type(error).__name__)
                 await asyncio.sleep(REDIS_RETRY_SECONDS)

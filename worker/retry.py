@@ -10,14 +10,14 @@ _DOUBLINGS = 64
 
 
 def delay_before(
-    attempt: int,
+    number: int,
     headers: Mapping[str, str],
     chance: float,
     *,
     first_seconds: float = FIRST_SECONDS,
     most_seconds: float = MOST_SECONDS,
 ) -> float:
-    """Seconds before attempt number `attempt`, 2 being the first retry; `chance` from 0 to 1.
+    """Seconds before try `number`, 2 being the first retry; `chance` from 0 to 1.
 
     What the other server asks for is kept, and up to a fifth is added so that those who were
     refused together do not come back together. Without its word, the wait doubles, half of it by
@@ -28,7 +28,7 @@ def delay_before(
         asked = _seconds(headers, "retry-after", 1)
     if asked is not None:
         return min(asked * (1 + 0.2 * chance), most_seconds)
-    ceiling: float = min(first_seconds * 2 ** min(attempt - 2, _DOUBLINGS), most_seconds)
+    ceiling: float = min(first_seconds * 2 ** min(number - 2, _DOUBLINGS), most_seconds)
     return ceiling * (0.5 + 0.5 * chance)
 
 

@@ -33,10 +33,10 @@ DONE = b"[DONE]"
 
 
 class Upstream:
-    """Asks for one answer at a time, many at once.
+    """Each call of `stream` is one answer; many may be under way.
 
-    Policy: own retries until the first chunk, bounded and jittered; none after it. A silence longer
-    than `stall_seconds` between chunks, or `first_chunk_seconds` before them, ends the answer.
+    Policy: own retries until the first chunk, bounded and jittered; none after it. Silence for
+    `first_chunk_seconds` before it fails that try, for `stall_seconds` after it the answer.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -62,18 +62,18 @@ class Upstream:
         Cancelling it closes the connection. Raises UpstreamError, and what `take` raises.
         """
         body = self._body(request)
-        for attempt in range(1, self._settings.upstream_tries + 1):
+        for number in range(1, self._settings.upstream_tries + 1):
             answer = _Answer(take)
             try:
                 await self._ask(body, answer)
                 return
             except _FAILURES as cause:
                 error = _translated(cause)
-                last = attempt == self._settings.upstream_tries
+                last = number == self._settings.upstream_tries
                 if answer.begun or not error.retryable or last:
                     raise error from None
-                seconds = delay_before(attempt + 1, _headers(cause), random.random())  # noqa: S311
-            logger.warning("upstream_retry", code=error.code, attempt=attempt, seconds=seconds)
+                seconds = delay_before(number + 1, _headers(cause), random.random())  # noqa: S311
+            logger.warning("upstream_retry", code=error.code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: dict[str, Any], answer: "_Answer") -> None:
@@ -129,7 +129,7 @@ class Upstream:
 
 
 class _Answer:
-    """What has come of one attempt at an answer."""
+    """What has come of one try."""
 
     def __init__(self, take: Callable[[list[bytes]], None]) -> None:
         self._take = take
