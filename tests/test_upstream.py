@@ -399,7 +399,7 @@ async def test_nobody_listening_is_unreachable() -> None:
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
 
 
-async def test_silence_before_the_first_chunk_ends_the_answer(
+async def test_silence_before_the_first_chunk_fails_the_try(
     emulator: Emulator, emulator_url: str
 ) -> None:
     async with azure(emulator_url, first_chunk_seconds=0.05, upstream_tries=2) as upstream:

@@ -28,7 +28,7 @@ def main() -> int:
 
 
 def _create(settings: Settings) -> Worker:
-    # Imported here, for they take a second that a health check need not wait.
+    # Imported here, for they take half a second that a health check need not wait.
     import uvloop  # noqa: PLC0415
 
     from worker.main import create_worker  # noqa: PLC0415
