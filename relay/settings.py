@@ -160,7 +160,9 @@ class Settings(BaseSettings):
         return Webhooks(self.webhook_hosts, keys, private=self.webhook_private)
 
     def _azure(self) -> UpstreamSettings:
-        endpoint = _url("AZURE_OPENAI_ENDPOINT", self.azure_endpoint)
+        endpoint = _url(
+            "AZURE_OPENAI_ENDPOINT", self.azure_endpoint, "https://NAME.openai.azure.com"
+        )
         deployment = _required("AZURE_OPENAI_CHATGPT_DEPLOYMENT", self.azure_deployment)
         if self.azure_key is None and not self.azure_entra:
             raise ConfigurationError(
@@ -183,7 +185,7 @@ class Settings(BaseSettings):
 
     def _openai(self) -> UpstreamSettings:
         if self.openai_base_url is not None:
-            _url("OPENAI_BASE_URL", self.openai_base_url)
+            _url("OPENAI_BASE_URL", self.openai_base_url, "https://HOST/v1")
         if self.openai_key is None:
             raise ConfigurationError("Set OPENAI_API_KEY: the rest of this upstream is configured.")
         if self.openai_model is None:
@@ -215,12 +217,12 @@ def _required(variable: str, value: str | None) -> str:
     raise ConfigurationError(f"Set {variable}: the rest of this upstream is configured.")
 
 
-def _url(variable: str, value: str | None) -> str:
+def _url(variable: str, value: str | None, example: str) -> str:
     url = _required(variable, value)
     try:
         parts = urlsplit(url)
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigurationError(f"{variable} must be a URL such as https://NAME.openai.azure.com.")
+        raise ConfigurationError(f"{variable} must be a URL such as {example}.")
     return url

@@ -241,7 +241,9 @@ async def test_a_request_that_cannot_be_read_ends_its_stream_alone(
 
 
 class BrokenUpstream(Upstream):
-    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
+    async def stream(
+        self, request: dict[str, Any], take: Callable[[list[bytes]], None], _: Any = None
+    ) -> None:
         take([b'{"choices":[{"index":0,"delta":{"content":"so far"},"finish_reason":null}]}'])
         raise RuntimeError(str(request["messages"]))
 
@@ -272,6 +274,22 @@ async def test_the_unexpected_puts_no_prompt_into_a_log_line(
     assert "generation_died" in written
     assert "RuntimeError" in written
     assert "the-marker" not in written
+
+
+async def test_an_operator_reads_which_answer_failed_and_why(
+    log: NotedLog, claims: Claims, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.StringIO()
+    monkeypatch.setattr(logging.getLogger().handlers[0], "stream", lines)
+    claim = await claimed(log, claims, status=500)
+    async with opened(changed(settings, upstream_tries=2)) as upstream:
+        await run(generation(claim, log, upstream))
+    retry, failed = [line for line in lines.getvalue().splitlines() if claim.stream_id in line]
+    assert "level=warning" in retry
+    assert "upstream_retry" in retry
+    assert "level=warning" in failed
+    assert "event=failed" in failed
+    assert "code=upstream_unavailable" in failed
 
 
 @pytest.mark.parametrize(
@@ -568,7 +586,9 @@ class DyingUpstream(Upstream):
         super().__init__(settings)
         self.begun = asyncio.Event()
 
-    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
+    async def stream(
+        self, request: dict[str, Any], take: Callable[[list[bytes]], None], _: Any = None
+    ) -> None:
         self.begun.set()
         try:
             await asyncio.Event().wait()

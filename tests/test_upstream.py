@@ -554,7 +554,7 @@ def test_half_an_upstream_is_named() -> None:
 
 def test_entra_without_the_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "azure.identity.aio", None)
-    with pytest.raises(ConfigurationError, match=r"AZURE_OPENAI_ENTRA.*chat-relay\[entra\]"):
+    with pytest.raises(ConfigurationError, match=r"AZURE_OPENAI_ENTRA.*\.\[entra\]"):
         Upstream(
             Settings(azure_endpoint="http://127.0.0.1", azure_deployment="demo", azure_entra=True)
         )

@@ -77,7 +77,7 @@ class Generation:
     async def _read(self) -> None:
         request = json.loads(self._claim.request)
         async with asyncio.timeout(self._answer_seconds):
-            await self._upstream.stream(request, self._take)
+            await self._upstream.stream(request, self._take, logger.bind(**self._names))
         if not self._compactor.complete:
             raise UpstreamError(
                 "upstream_incomplete",
@@ -142,8 +142,14 @@ class Generation:
         if 2 * self._standing < len(self._entries):
             self._appender.line_up(self)
         elif (kind := str(self._entries[-2])) in TERMINAL:
-            logger.info(kind, **self._names)
+            self._tell_end(kind, self._entries[-1])
             self._over.set()
+
+    def _tell_end(self, kind: str, data: str | bytes) -> None:
+        if kind == FAILED:
+            logger.warning(kind, **self._names, code=json.loads(data)["code"])
+        else:
+            logger.info(kind, **self._names)
 
     @property
     def _names(self) -> dict[str, Any]:

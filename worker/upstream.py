@@ -16,7 +16,7 @@ from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAsyncHttpx
 from relay.chunks import parse
 from relay.errors import ConfigurationError, Garbled, UpstreamError
 from relay.events import join_text
-from relay.logs import get_logger
+from relay.logs import Logger, get_logger
 from relay.settings import Settings, UpstreamSettings
 from relay.turnstile import Turnstile
 from worker.http1 import Http1, pour
@@ -55,9 +55,15 @@ class Upstream:
     async def close(self) -> None:
         await self._client.close()
 
-    async def stream(self, request: dict[str, Any], take: Callable[[list[bytes]], None]) -> None:
+    async def stream(
+        self,
+        request: dict[str, Any],
+        take: Callable[[list[bytes]], None],
+        log: Logger = logger,
+    ) -> None:
         """Give `take` the chunks of the answer as the upstream sent them, to its [DONE]: each as
-        its JSON, and together those that came together, in the very step in which they came.
+        its JSON, and together those that came together, in the very step in which they came. `log`
+        says whose answer it is.
 
         Cancelling it closes the connection. Raises UpstreamError, and what `take` raises.
         """
@@ -73,7 +79,7 @@ class Upstream:
                 if answer.begun or not error.retryable or last:
                     raise error from None
                 seconds = delay_before(number + 1, _headers(cause), random.random())  # noqa: S311
-            logger.warning("upstream_retry", code=error.code, number=number, seconds=seconds)
+            log.warning("upstream_retry", code=error.code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: dict[str, Any], answer: "_Answer") -> None:
@@ -202,7 +208,7 @@ def _token_provider(upstream: UpstreamSettings) -> Any:
         )
     except ImportError:
         raise ConfigurationError(
-            "AZURE_OPENAI_ENTRA needs the extra: pip install 'chat-relay[entra]'."
+            "AZURE_OPENAI_ENTRA needs the extra: .venv/bin/pip install -e '.[entra]'."
         ) from None
     return get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
 
