@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 
 from bench.machine import REST, on
-from cli.up import module, module_env
+from cli.processes import module, module_env
 
 STAMP = re.compile(rb"(\d+):(\d{12,}) ")
 _EVENTS_URL = re.compile(rb'"events_url": ?"([^"]+)"')

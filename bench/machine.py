@@ -15,9 +15,8 @@ from typing import Self
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-import cli.up
-from cli.redis_server import end_with_parent
-from cli.up import module, module_env
+import cli.processes
+from cli.processes import end_with_parent, module, module_env
 
 CORES = sorted(os.sched_getaffinity(0))
 FRONT = {CORES[0]}
@@ -87,7 +86,7 @@ def on(cores: set[int]) -> Callable[[], None]:
 
 
 def free_port() -> int:
-    return cli.up.free_port("127.0.0.1", 0)
+    return cli.processes.free_port("127.0.0.1", 0)
 
 
 def wait_for(what: str, is_so: Callable[[], bool]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from bench.machine import free_port, median, python, wait_until
 from bench.report import Report, Target
-from cli.up import module_env
+from cli.processes import module_env
 
 RUNS = 5
 

@@ -17,8 +17,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from chaos.proxy import Proxy
-from cli.redis_server import OPTIONS, end_with_parent, find_redis_server
-from cli.up import free_port, module, module_env
+from cli.processes import end_with_parent, free_port, module, module_env
+from cli.redis_server import OPTIONS, find_redis_server
 from relay.connection import connect
 from relay.errors import ConfigurationError
 

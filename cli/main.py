@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from cli import up as everything
+from cli.processes import module, module_env
 from relay.client import FAILURES, Client
 from relay.errors import ConfigurationError, RelayError
 from relay.events import STARTED, TERMINAL
@@ -118,4 +119,4 @@ def _set(**variables: object) -> None:
 
 def _become(name: str) -> None:
     # Not a child: signals and the exit code are then those of the process itself.
-    os.execve(sys.executable, everything.module(name), everything.module_env())  # noqa: S606
+    os.execve(sys.executable, module(name), module_env())  # noqa: S606

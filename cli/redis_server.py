@@ -1,22 +1,17 @@
-"""A private redis-server: found, started on a unix socket, and watched over by a lock."""
+"""A private redis-server: found, given a unix socket, and watched over by a lock."""
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Mapping, Sequence
+from asyncio.subprocess import Process
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -24,7 +19,6 @@ from redis.exceptions import RedisError
 from relay.errors import ConfigurationError
 
 READY_SECONDS = 10.0
-STOP_SECONDS = 4.0
 OLDEST_VERSION = (6, 2)
 OPTIONS = {
     "port": "0",
@@ -39,17 +33,16 @@ OPTIONS = {
 
 
 class RedisServer:
-    """A real redis-server that only this user can reach and that keeps its data in one folder.
+    """A redis-server that only this user can reach and that keeps its data in one folder.
 
-    What it acknowledged survives stop(), and kill() but for about the last second. One server has
-    a folder at a time, also after its owner was killed: the lock ends with the last process that
-    holds it. It belongs to the event loop it was started in.
+    What it acknowledged survives a SIGTERM, and a SIGKILL but for about the last second. One server
+    has a folder at a time, also after its owner was killed: the lock ends with the last process
+    that holds it.
     """
 
     def __init__(self, binary: str, data: Path) -> None:
         self.binary = binary
         self.data = data.resolve()
-        self.process: Process | None = None
         self._folder = ""
         self.url = ""
         self.argv: list[str] = []
@@ -84,19 +77,6 @@ class RedisServer:
             shutil.rmtree(self._folder, ignore_errors=True)
         self.pass_fds = ()
 
-    async def start(self) -> None:
-        """Start, or start again after kill(), on the same data and socket. Returns when it answers.
-
-        Raises ConfigurationError if the folder is taken, or if it does not answer within 10 s.
-        """
-        self.open()
-        try:
-            self.process = await spawn(self.argv, pass_fds=self.pass_fds)
-            await self.ready(self.process)
-        except BaseException:
-            await self.stop()
-            raise
-
     async def ready(self, process: Process) -> None:
         """Return when PING is answered; a server that still loads its data does not count."""
         with contextlib.suppress(TimeoutError):
@@ -109,36 +89,6 @@ class RedisServer:
         raise ConfigurationError(
             f"{self.binary} did not answer on {self.data}: its last lines above say why."
         )
-
-    async def kill(self) -> None:
-        """SIGKILL, as a crash would; start() brings it back."""
-        if self.process is not None:
-            send(self.process, signal.SIGKILL)
-            await self.process.wait()
-
-    async def stop(self) -> None:
-        """End in order, the data on disk; SIGKILL after 4 s. Lets go of the folder. Repeatable."""
-        try:
-            if self.process is not None:
-                send(self.process, signal.SIGTERM)
-                async with asyncio.timeout(STOP_SECONDS):
-                    await self.process.wait()
-        except TimeoutError:
-            await self.kill()
-        finally:
-            self.close()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
 
 def find_redis_server(explicit: str | None = None) -> str:
@@ -165,45 +115,6 @@ def find_redis_server(explicit: str | None = None) -> str:
         f"No redis-server of 6.2 or newer is here: run `{install} install {package}`, or set "
         "REDIS_URL to a Redis that runs."
     )
-
-
-async def spawn(
-    argv: Sequence[str],
-    env: Mapping[str, str] | None = None,
-    pass_fds: Sequence[int] = (),
-    stdout: int | None = None,
-) -> Process:
-    """Start a child that the terminal's Ctrl-C does not reach and that does not outlive us."""
-    return await asyncio.create_subprocess_exec(
-        *argv,
-        env=env,
-        stdin=DEVNULL,
-        stdout=stdout,
-        pass_fds=pass_fds,
-        start_new_session=True,
-        preexec_fn=end_with_parent(),
-    )
-
-
-def send(process: Process, number: signal.Signals) -> None:
-    """Signal a child that may already have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
-
-
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """For preexec_fn: the child is sent `number` when its parent dies, however that happens."""
-    if sys.platform != "linux":
-        return None
-    # Looked up before the fork: little is safe between fork and exec.
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def in_child() -> None:
-        prctl(1, number)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # It died before the prctl, and nobody will tell.
-            os._exit(1)
-
-    return in_child
 
 
 def _locked(folder: Path) -> int:

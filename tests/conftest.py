@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 
 from api.app import create_app
 from api.server import Server, create_server
-from cli.redis_server import RedisServer, end_with_parent, find_redis_server
+from cli.processes import end_with_parent
+from cli.redis_server import RedisServer, find_redis_server
 from emulator.app import Emulator
 from emulator.script import prompt
 from emulator.serve import serve

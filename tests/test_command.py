@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from cli.up import free_port
+from cli.processes import free_port
 from emulator.script import prompt
 
 

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from redis.asyncio import Redis
 
-from cli.redis_server import RedisServer, find_redis_server
+from cli.redis_server import find_redis_server
 from emulator.app import Emulator
 from relay.connection import connect
 from relay.settings import Settings
@@ -27,6 +27,7 @@ from tests.conftest import (
     until,
     watch,
 )
+from tests.redis_process import RedisProcess, running_redis
 
 LEASE_SECONDS = 1.0
 OUTAGE_SECONDS = 2.5
@@ -34,27 +35,26 @@ OUTAGE_SECONDS = 2.5
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+async def server(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
-    async with RedisServer(binary, tmp_path) as server:
+    async with running_redis(binary, tmp_path) as server:
         yield server
 
 
 @pytest.fixture
-def settings(server: RedisServer, emulator_url: str) -> Settings:
+def settings(server: RedisProcess, emulator_url: str) -> Settings:
     return stack_settings(server.url, emulator_url, lease_seconds=LEASE_SECONDS)
 
 
 @asynccontextmanager
-async def killed(server: RedisServer) -> AsyncIterator[None]:
+async def killed(server: RedisProcess) -> AsyncIterator[None]:
     await server.kill()
     yield
     await server.start()
 
 
 @asynccontextmanager
-async def frozen(server: RedisServer) -> AsyncIterator[None]:
-    assert server.process is not None
+async def frozen(server: RedisProcess) -> AsyncIterator[None]:
     server.process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -63,7 +63,7 @@ async def frozen(server: RedisServer) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def read_only(server: RedisServer) -> AsyncIterator[None]:
+async def read_only(server: RedisProcess) -> AsyncIterator[None]:
     async with connect(server.url) as redis:
         await command(redis, "REPLICAOF", "127.0.0.1", "1")
         yield
@@ -71,7 +71,7 @@ async def read_only(server: RedisServer) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def full(server: RedisServer) -> AsyncIterator[None]:
+async def full(server: RedisProcess) -> AsyncIterator[None]:
     async with connect(server.url) as redis:
         await redis.config_set("maxmemory", 1)
         yield
@@ -101,7 +101,7 @@ async def accepted(http: httpx2.AsyncClient) -> bool:
 
 @pytest.mark.parametrize("outage", OUTAGES)
 async def test_an_answer_outlives_an_outage_of_redis_that_is_longer_than_the_lease(
-    outage: Any, server: RedisServer, settings: Settings, emulator: Emulator
+    outage: Any, server: RedisProcess, settings: Settings, emulator: Emulator
 ) -> None:
     async with running_api(settings) as http, running_worker(settings), running_worker(settings):
         stream_id = await ask(http, chunks=40, delay_ms=100)
@@ -121,7 +121,7 @@ async def test_an_answer_outlives_an_outage_of_redis_that_is_longer_than_the_lea
 
 @pytest.mark.parametrize("outage", OUTAGES)
 async def test_without_redis_a_request_is_refused_at_once_and_soon_after_it_is_back_accepted(
-    outage: Any, server: RedisServer, settings: Settings
+    outage: Any, server: RedisProcess, settings: Settings
 ) -> None:
     async with running_api(settings) as http:
         async with outage(server):
@@ -137,7 +137,7 @@ async def test_without_redis_a_request_is_refused_at_once_and_soon_after_it_is_b
 
 
 async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again(
-    server: RedisServer, settings: Settings, tmp_path: Path, emulator: Emulator
+    server: RedisProcess, settings: Settings, tmp_path: Path, emulator: Emulator
 ) -> None:
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(running_api(settings))
@@ -163,7 +163,7 @@ async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again
 
 @pytest.mark.parametrize("outage", OUTAGES)
 async def test_viewers_are_told_that_redis_is_away_or_takes_nothing_in(
-    outage: Any, server: RedisServer, settings: Settings
+    outage: Any, server: RedisProcess, settings: Settings
 ) -> None:
     async with running_api(settings) as http:
         stream_id = await ask(http, chunks=1)
@@ -173,7 +173,7 @@ async def test_viewers_are_told_that_redis_is_away_or_takes_nothing_in(
 
 
 async def test_an_event_source_that_comes_while_redis_is_away_comes_back(
-    server: RedisServer, settings: Settings
+    server: RedisProcess, settings: Settings
 ) -> None:
     """By a 503 it would be ended for good; others are told so by one."""
     async with running_api(settings) as http:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from cli.redis_server import RedisServer, find_redis_server, spawn
-from cli.up import module_env
+from cli.processes import module_env, spawn
+from cli.redis_server import RedisServer, find_redis_server
 from relay.errors import ConfigurationError
+from tests.redis_process import running_redis
 
 # Answers LOADING twice before PONG, as a Redis does that reads a long log.
 LOADS_FIRST = """
@@ -35,10 +36,10 @@ with socket.socket(socket.AF_UNIX) as server:
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from cli.redis_server import RedisServer
+from tests.redis_process import running_redis
 
 async def own():
-    async with RedisServer(sys.argv[1], Path(sys.argv[2])) as server:
+    async with running_redis(sys.argv[1], Path(sys.argv[2])) as server:
         print("pid", server.process.pid, flush=True)
         await asyncio.Event().wait()
 
@@ -78,7 +79,7 @@ def connect(server: RedisServer) -> Redis:
 async def test_it_answers_on_a_socket_of_its_own_and_on_no_port(
     binary: str, tmp_path: Path
 ) -> None:
-    async with RedisServer(binary, tmp_path / "data") as server, connect(server) as redis:
+    async with running_redis(binary, tmp_path / "data") as server, connect(server) as redis:
         assert await redis.ping()
         assert (await redis.config_get("port"))["port"] == "0"
         assert (await redis.config_get("appendonly"))["appendonly"] == "yes"
@@ -88,16 +89,16 @@ async def test_it_answers_on_a_socket_of_its_own_and_on_no_port(
 async def test_what_was_written_is_there_after_stop_and_a_new_start(
     binary: str, tmp_path: Path
 ) -> None:
-    async with RedisServer(binary, tmp_path) as server, connect(server) as redis:
+    async with running_redis(binary, tmp_path) as server, connect(server) as redis:
         await redis.set("word", "kept")
-    async with RedisServer(binary, tmp_path) as server, connect(server) as redis:
+    async with running_redis(binary, tmp_path) as server, connect(server) as redis:
         assert await redis.get("word") == "kept"
 
 
 async def test_after_kill_it_starts_again_on_the_same_socket_with_its_data(
     binary: str, tmp_path: Path
 ) -> None:
-    async with RedisServer(binary, tmp_path) as server:
+    async with running_redis(binary, tmp_path) as server:
         url = server.url
         async with connect(server) as redis:
             await redis.set("word", "kept")
@@ -108,22 +109,18 @@ async def test_after_kill_it_starts_again_on_the_same_socket_with_its_data(
             assert await redis.get("word") == "kept"
 
 
-async def test_stop_leaves_neither_a_process_nor_a_socket_and_may_be_repeated(
-    binary: str, tmp_path: Path
-) -> None:
-    async with RedisServer(binary, tmp_path) as server:
+async def test_close_leaves_no_socket_and_may_be_repeated(binary: str, tmp_path: Path) -> None:
+    async with running_redis(binary, tmp_path) as server:
         socket = server.argv[server.argv.index("--unixsocket") + 1]
         assert os.access(socket, os.R_OK)
-        await server.stop()
-    assert server.process is not None
-    assert server.process.returncode == 0
+        server.close()
     assert not os.access(os.path.dirname(socket), os.R_OK)
 
 
 async def test_a_data_folder_has_one_server_at_a_time(binary: str, tmp_path: Path) -> None:
-    async with RedisServer(binary, tmp_path):
+    async with running_redis(binary, tmp_path):
         with pytest.raises(ConfigurationError, match="Another `relay up` uses the data folder"):
-            await RedisServer(binary, tmp_path).start()
+            RedisServer(binary, tmp_path).open()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent by prctl")
@@ -160,31 +157,28 @@ async def test_a_server_that_loads_its_data_is_not_ready(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     loads = executable(tmp_path / "redis-server", f"#!{sys.executable}\n{LOADS_FIRST}")
-    async with RedisServer(loads, tmp_path / "data"):
+    async with running_redis(loads, tmp_path / "data"):
         assert (tmp_path / "pings").read_text() == "3"
 
 
-async def test_a_server_that_ends_at_once_is_one_sentence_and_frees_the_folder(
-    binary: str, tmp_path: Path
-) -> None:
+async def test_a_server_that_ends_at_once_is_one_sentence(tmp_path: Path) -> None:
     broken = executable(tmp_path / "redis-server", "#!/bin/sh\nexit 1\n")
     with pytest.raises(ConfigurationError, match="did not answer"):
-        await RedisServer(broken, tmp_path / "data").start()
-    async with RedisServer(binary, tmp_path / "data") as server, connect(server) as redis:
-        assert await redis.ping()
+        async with running_redis(broken, tmp_path / "data"):
+            pass
 
 
-async def test_a_folder_that_cannot_be_made_is_one_sentence(binary: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_one_sentence(binary: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="cannot be used"):
-        await RedisServer(binary, tmp_path / "file" / "data").start()
+        RedisServer(binary, tmp_path / "file" / "data").open()
 
 
-async def test_a_folder_written_by_redis_7_is_refused_by_an_older_one(tmp_path: Path) -> None:
+def test_a_folder_written_by_redis_7_is_refused_by_an_older_one(tmp_path: Path) -> None:
     older = executable(tmp_path / "redis-server", "#!/bin/sh\necho Redis server v=6.2.14\n")
     (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
     with pytest.raises(ConfigurationError, match="was written by Redis 7"):
-        await RedisServer(older, tmp_path / "data").start()
+        RedisServer(older, tmp_path / "data").open()
 
 
 def test_the_explicit_binary_is_taken_before_that_of_the_path(tmp_path: Path) -> None:

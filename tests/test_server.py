@@ -17,8 +17,8 @@ from redis.asyncio import Redis
 import api.server
 from api.app import create_app
 from api.server import SEND_BYTES, Connection, Server, create_server
+from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
-from cli.up import free_port, module, module_env
 from relay.settings import MIB, Settings
 from tests.conftest import asking, changed, running_worker, until
 

@@ -15,8 +15,8 @@ import httpx2
 import pytest
 
 from chaos.proxy import Proxy
+from cli.processes import free_port
 from cli.redis_server import RedisServer, find_redis_server
-from cli.up import free_port
 from emulator.app import Emulator, Record
 from relay.settings import Settings
 from tests.conftest import (
@@ -28,6 +28,7 @@ from tests.conftest import (
     until,
     watch,
 )
+from tests.redis_process import running_redis
 
 ROOT = Path(__file__).parent.parent
 LEASE_SECONDS = 1.5
@@ -43,10 +44,10 @@ def port() -> int:
 @pytest.fixture
 async def server(port: int, tmp_path: Path) -> AsyncIterator[RedisServer]:
     """On a port, so that a proxy can stand before it."""
-    server = RedisServer(find_redis_server(os.environ.get("RELAY_REDIS_SERVER")), tmp_path)
-    server.open()
-    server.argv += ["--port", str(port), "--bind", "127.0.0.1"]
-    async with server:
+    binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
+    async with running_redis(
+        binary, tmp_path, "--port", str(port), "--bind", "127.0.0.1"
+    ) as server:
         yield server
 
 
