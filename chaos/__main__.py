@@ -27,10 +27,11 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
 
-from chaos.checker import Anomaly, check
+from chaos.anomaly import Anomaly
+from chaos.checker import check
 from chaos.faults import FAULTS, Fault, Injected, inject, worst_recoveries
 from chaos.journal import Sent
-from chaos.load import READ_SECONDS, Finding, Load, outcomes
+from chaos.load import READ_SECONDS, Load, outcomes
 from chaos.stack import Stack
 from relay.log import Log
 
@@ -54,7 +55,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class Result:
     """What was done and what was seen."""
 
     injected: list[Injected]
@@ -68,10 +69,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="relay-chaos-"))
     found = 1
     try:
-        run = asyncio.run(_run(plan, folder))
-        journals = (run.sent, run.load.logs, run.load.viewers)
+        result = asyncio.run(_run(plan, folder))
+        journals = (result.sent, result.load.logs, result.load.viewers)
         (folder / "journals.pickle").write_bytes(pickle.dumps(journals))
-        found = _report(plan, run)
+        found = _report(plan, result)
     except KeyboardInterrupt:
         console.print("interrupted")
     finally:
@@ -105,7 +106,7 @@ def _two(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-async def _run(plan: Plan, folder: Path) -> Run:
+async def _run(plan: Plan, folder: Path) -> Result:
     timeout = httpx2.Timeout(READ_SECONDS, connect=5)
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as http:
@@ -113,14 +114,13 @@ async def _run(plan: Plan, folder: Path) -> Run:
         async with stack.running(http) as redis:
             log = Log(redis, live_ms=0, retention_ms=0, queue_limit=0)
             load = Load(stack.urls, http, log, Random(plan.seed + 1))  # noqa: S311
-            load.knows_recovery = await _knows_recovery(http, stack.urls[0])
             loading = asyncio.create_task(load.run())
             injected = await _disturb(plan, stack, redis, loading)
             await stack.heal(redis)
             load.enough.set()
             await _settle(load, loading)
             sent = await _sent(http, stack.upstream_url)
-        return Run(injected, load, sent, stack.complaints)
+        return Result(injected, load, sent, stack.complaints)
 
 
 async def _disturb(
@@ -187,18 +187,11 @@ async def _settle(load: Load, loading: "asyncio.Task[None]") -> None:
     _, late = await asyncio.wait({loading}, timeout=SETTLE_SECONDS)
     if late:
         what = f"not all streams settled within {SETTLE_SECONDS} s after the faults"
-        load.findings.append(Finding("unsettled", "", "run", what))
+        load.anomalies.append(Anomaly("unsettled", "", "run", what))
         loading.cancel()
         await asyncio.wait({loading})
     else:
         loading.result()
-
-
-async def _knows_recovery(http: httpx2.AsyncClient, url: str) -> bool:
-    """Whether a request may ask that its answer is not begun anew."""
-    schema = (await http.get(f"{url}/openapi.json")).json()
-    fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
-    return "recovery" in fields
 
 
 async def _sent(http: httpx2.AsyncClient, upstream: str) -> list[Sent]:
@@ -221,30 +214,29 @@ async def _sent(http: httpx2.AsyncClient, upstream: str) -> list[Sent]:
     ]
 
 
-def _report(plan: Plan, run: Run) -> int:
+def _report(plan: Plan, result: Result) -> int:
     """Print all; returns the number of anomalies."""
-    load = run.load
-    exits = [Finding("exited", "", name, what) for _, name, what in run.complaints]
-    anomalies: list[Anomaly | Finding] = [*load.findings]
-    anomalies += check(run.sent, load.logs, load.viewers)
-    during = _felt(run, anomalies)
-    during.update(_last_before(run.injected, at) for at, _, _ in run.complaints)
-    worst = worst_recoveries(run.injected, load.waits, overlap=plan.kills is not None)
-    console.print(_table(run.injected, during, worst))
-    _print_totals(plan, run)
+    load = result.load
+    exits = [Anomaly("exited", "", name, what) for _, name, what in result.complaints]
+    anomalies = [*load.anomalies, *check(result.sent, load.logs, load.viewers)]
+    during = _felt(result, anomalies)
+    during.update(_last_before(result.injected, at) for at, _, _ in result.complaints)
+    worst = worst_recoveries(result.injected, load.waits, overlap=plan.kills is not None)
+    console.print(_table(result.injected, during, worst))
+    _print_totals(plan, result)
     _print_anomalies([*exits, *anomalies])
     return len(exits) + len(anomalies)
 
 
-def _felt(run: Run, anomalies: Sequence[Anomaly | Finding]) -> Counter[str]:
+def _felt(result: Result, anomalies: Sequence[Anomaly]) -> Counter[str]:
     """Fault -> the number of anomalies of streams that were under way during such a fault."""
     counts: Counter[str] = Counter()
     for anomaly in anomalies:
-        if life := run.load.lives.get(anomaly.stream_id):
+        if life := result.load.lives.get(anomaly.stream_id):
             counts.update(
                 {
                     each.fault.name
-                    for each in run.injected
+                    for each in result.injected
                     if each.begun < life.settled and life.begun < each.ended
                 }
             )
@@ -265,8 +257,8 @@ def _table(injected: list[Injected], during: Counter[str], worst: dict[str, floa
     return table
 
 
-def _print_totals(plan: Plan, run: Run) -> None:
-    load = run.load
+def _print_totals(plan: Plan, result: Result) -> None:
+    load = result.load
     visits = [visit for viewer in load.viewers for visit in viewer.visits]
     totals = {
         "streams": len(load.logs),
@@ -274,7 +266,7 @@ def _print_totals(plan: Plan, run: Run) -> None:
         "viewers": len(load.viewers),
         "visits": len(visits),
         "events": sum(len(visit.received) for visit in visits),
-        "upstream requests": len(run.sent),
+        "upstream requests": len(result.sent),
     }
     console.print(", ".join(f"{name} {count}" for name, count in totals.items()))
     command = shlex.join(["python", "-m", "chaos", *sys.argv[1:]])
@@ -284,7 +276,7 @@ def _print_totals(plan: Plan, run: Run) -> None:
     )
 
 
-def _print_anomalies(anomalies: Sequence[Anomaly | Finding]) -> None:
+def _print_anomalies(anomalies: Sequence[Anomaly]) -> None:
     if not anomalies:
         console.print("no anomalies")
         return

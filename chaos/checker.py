@@ -20,22 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from api.wires import native
+from chaos.anomaly import Anomaly, Kind
 from chaos.journal import Logged, Received, Seen, Sent
 from relay.events import COMPLETED, QUEUED, STARTED, TERMINAL, Cursor, Event, join_text
 
-Kind = Literal[
-    "lost",
-    "duplicated",
-    "reordered",
-    "skipped",
-    "spliced",
-    "divergent",
-    "unterminated",
-    "leaked",
-]
 Evidence = Iterator[str]
 """What a rule finds in one run, a sentence each; none if all is well."""
 Finding = tuple[Kind, str, str]
@@ -43,15 +34,6 @@ Finding = tuple[Kind, str, str]
 
 _LABEL = re.compile(r"([0-9]+)\.([0-9]+) ")
 _BIRTH = Cursor(0, 1)
-
-
-class Anomaly(NamedTuple):
-    kind: Kind
-    stream_id: str
-    where: str
-    """`log`, `viewer NAME` or `upstream request N`."""
-    what: str
-    """One sentence with the evidence."""
 
 
 class Label(NamedTuple):

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 from redis.exceptions import RedisError
 
+from chaos.anomaly import Anomaly
 from chaos.faults import Wait
 from chaos.journal import Logged, Received, Seen, Visit
 from emulator.script import prompt
@@ -54,18 +55,6 @@ class Question:
         return {**body, "recovery": "fail"} if self.only_once else body
 
 
-class Finding(NamedTuple):
-    """An anomaly that is not the checker's to find: `refused`, no stream could be had; `erred`, an
-    answer that the API does not have; `pretended`, a broken answer called complete; `exited`, a
-    process that ended by itself, not when it was told to, or did not come back; `unsettled`,
-    streams that never came to rest."""
-
-    kind: Literal["refused", "erred", "pretended", "exited", "unsettled"]
-    stream_id: str
-    where: str
-    what: str
-
-
 class Life(NamedTuple):
     """From when to when a stream was under way; time.monotonic()."""
 
@@ -89,14 +78,13 @@ class Load:
     http: httpx2.AsyncClient
     log: Log
     random: Random
-    knows_recovery: bool = False
     in_flight: int = IN_FLIGHT
     enough: asyncio.Event = field(default_factory=asyncio.Event)
     logs: list[Logged] = field(default_factory=list)
     viewers: list[Seen] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
     lives: dict[str, Life] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    anomalies: list[Anomaly] = field(default_factory=list)
     asked: int = 0
 
     async def run(self) -> None:
@@ -139,7 +127,7 @@ class Load:
         elif kind < 0.28:
             script["end"] = "eof"
         act = random.choices(["", "cancel", "erase"], [0.86, 0.08, 0.06])[0]
-        only_once = self.knows_recovery and random.random() < 0.2
+        only_once = random.random() < 0.2
         return Question(key, script, act, random.uniform(0.1, 4), only_once)
 
     async def _ask(self, question: Question) -> str | None:
@@ -160,7 +148,7 @@ class Load:
                     break
             await asyncio.sleep(0.3)
         what = f"POST /chat led to no stream: {last}"
-        self.findings.append(Finding("refused", "", question.key, what))
+        self.anomalies.append(Anomaly("refused", "", question.key, what))
         return None
 
 
@@ -201,7 +189,7 @@ class _Stream:
                 if response.status_code != 503:
                     what = f"{method} {path} answered {response.status_code} {response.text}"
                     where = self.question.key
-                    self.load.findings.append(Finding("erred", self.stream_id, where, what))
+                    self.load.anomalies.append(Anomaly("erred", self.stream_id, where, what))
                     return
             await asyncio.sleep(0.3)
 
@@ -218,7 +206,7 @@ class _Stream:
             self.load.logs.append(Logged(self.stream_id, self.question.key, events))
         if events and self.question.script.get("end") == "eof" and events[-1].kind == COMPLETED:
             what = "the upstream broke off, and the log says completed"
-            self.load.findings.append(Finding("pretended", self.stream_id, "log", what))
+            self.load.anomalies.append(Anomaly("pretended", self.stream_id, "log", what))
 
     async def _read(self) -> list[Event] | None:
         try:
@@ -301,7 +289,7 @@ class _Viewer:
         if status not in {204, 404, 410, 503}:
             await response.aread()
             what = f"GET events with cursor {self.cursor!r} answered {status} {response.text}"
-            self.load.findings.append(Finding("erred", self.stream.stream_id, self.name, what))
+            self.load.anomalies.append(Anomaly("erred", self.stream.stream_id, self.name, what))
         return {204: "nothing", 404: "gone", 410: "gone"}.get(status, "refused")
 
     def _hear(self, *, over: bool) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from api.feed import Feed
 from api.wires import native
-from chaos.checker import Anomaly, check
+from chaos.anomaly import Anomaly
+from chaos.checker import check
 from chaos.journal import End, Logged, Received, Seen, Sent, Visit
 from relay.chunks import Chunk, Compactor
 from relay.events import (
