@@ -1,1 +1,1 @@
-"""What measures. `python -m bench.NAME`; prints figures and asserts none."""
+"""What measures. `python -m bench PART` prints figures, and fails where a ratio has collapsed."""

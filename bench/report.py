@@ -7,7 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure, mostly on a ratio of two figures of one run."""
+    """A bound on a figure, mostly on a ratio of two figures of one run. A number that `name`
+    begins with is that of the list in docs/performance.md."""
 
     name: str
     value: float
