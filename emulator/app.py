@@ -82,11 +82,11 @@ class Emulator:
         self._refusals: Counter[str] = Counter()
         self._released: _Events = defaultdict(asyncio.Event)
 
-    async def request(self, number: int) -> Record:
-        """The chat request `number`, counted from 0, as soon as it has come."""
-        while self.total <= number:
+    async def request(self, index: int) -> Record:
+        """The chat request at `index`, from 0, as soon as it has come."""
+        while self.total <= index:
             await self._arrived.wait()
-        return self.requests[number - self.total]
+        return self.requests[index - self.total]
 
     def release(self, key: str) -> None:
         """Let what is held, and what comes with this key, go on to its end."""
