@@ -7,7 +7,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from worker.main import create_worker
 ROOT = Path(__file__).parent.parent
 
 
-def _variables() -> Iterator[str]:
+def variables() -> Iterator[str]:
+    """Of the environment, that are settings."""
     for field in Settings.model_fields.values():
         alias: Any = field.validation_alias
         yield from getattr(alias, "choices", [alias])
@@ -47,7 +48,7 @@ def _variables() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the environment nor a `.env` of whoever runs the tests has a say in them."""
-    for variable in _variables():
+    for variable in variables():
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setitem(Settings.model_config, "env_file", None)
 
@@ -271,12 +272,9 @@ async def worker(settings: Settings) -> AsyncIterator[ClaimingWorker]:
 
 
 @pytest.fixture
-async def stack(
-    api: httpx2.AsyncClient, worker: ClaimingWorker
-) -> AsyncIterator[httpx2.AsyncClient]:
+def stack(api: httpx2.AsyncClient, worker: ClaimingWorker) -> httpx2.AsyncClient:
     """API, worker, upstream and Redis; its value is a client of the API."""
-    async with AsyncExitStack():
-        yield api
+    return api
 
 
 def asking(**script: Any) -> dict[str, Any]:

@@ -1,22 +1,12 @@
 """What stands in files that nothing runs: they must say what is."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 from api.problems import TITLES
 from relay.settings import Settings
-
-ROOT = Path(__file__).parent.parent
-
-
-def variables() -> Iterator[str]:
-    for field in Settings.model_fields.values():
-        alias: Any = field.validation_alias
-        yield from getattr(alias, "choices", [alias])
+from tests.conftest import ROOT, variables
 
 
 def read(name: str) -> str:

@@ -27,10 +27,10 @@ from tests.conftest import (
     text_of,
     until,
     watch,
+    worker_env,
 )
 from tests.redis_process import running_redis
 
-ROOT = Path(__file__).parent.parent
 LEASE_SECONDS = 1.5
 TAKEOVER_SECONDS = LEASE_SECONDS + 1
 FAILURES = ["killed", "frozen", "cut off", "half-open"]
@@ -82,15 +82,10 @@ class Victim:
 async def victim(port: int, settings: Settings, cwd: Path) -> AsyncIterator[Victim]:
     """`python -m worker`, which reaches Redis through a proxy."""
     async with Proxy(port) as proxy:
-        env = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(ROOT),
+        env = worker_env(settings) | {
             "REDIS_URL": f"redis://127.0.0.1:{proxy.port}/0",
             "RELAY_LEASE_SECONDS": str(LEASE_SECONDS),
-            "AZURE_OPENAI_ENDPOINT": settings.azure_endpoint or "",
-            "AZURE_OPENAI_KEY": "key",
-            "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
-        } | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "worker", env=env, cwd=cwd, stderr=DEVNULL
         )
