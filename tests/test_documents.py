@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import yaml
 
 from api.problems import TITLES
@@ -32,6 +33,14 @@ def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
 def test_every_code_of_a_problem_stands_in_the_readme() -> None:
     section = read("README.md").split("## The API")[1].split("\n## ")[0]
     assert set(TITLES) <= set(re.findall(r"`([a-z_]+)`", section))
+
+
+@pytest.mark.parametrize("room", ["relay", "api", "worker", "cli", "emulator", "chaos"])
+def test_every_file_of_a_room_stands_in_the_architecture_and_nothing_else(room: str) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)/` \| (.+) \|$", read("ARCHITECTURE.md"), re.MULTILINE))
+    named = set(re.findall(r"`(\w+)/?`", rows[room]))
+    files = {file.stem for file in (ROOT / room).iterdir() if file.is_dir() or file.suffix == ".py"}
+    assert named == {file for file in files if not file.startswith("_")}
 
 
 OF_THE_IMAGE = {"RELAY_HOST", "RELAY_PORT", "RELAY_LOG_FORMAT"}
