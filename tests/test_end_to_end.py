@@ -224,7 +224,7 @@ async def test_a_stream_erased_under_its_viewers_is_told_and_its_upstream_closed
 # Promise 5: a slow viewer harms only itself.
 
 
-async def test_one_viewer_that_never_reads_delays_nobody_and_is_let_go(
+async def test_a_viewer_that_never_reads_is_let_go_and_the_others_have_everything(
     settings: Settings,
 ) -> None:
     async with (

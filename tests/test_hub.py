@@ -15,12 +15,13 @@ from redis.asyncio import Redis
 
 from api import hub as hub_module
 from api.hub import Hub
+from api.wires import native
 from cli.redis_server import RedisServer
 from relay import keys
 from relay.claim import Claim
 from relay.connection import connect
 from relay.errors import StreamGone
-from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, entry
+from relay.events import COMPLETED, STARTED, TEXT, Cursor, Entry, Event, entry
 from relay.ids import new_stream_id
 from relay.log import Created, Log
 from tests import asgi
@@ -386,7 +387,17 @@ async def test_a_thousand_viewers_cost_redis_no_more_than_one(
     assert {taker.body for taker in takers} == {takers[0].body}
 
 
-async def test_frames_are_encoded_once_for_all_viewers(hub: Hub, writer: Writer) -> None:
+async def test_frames_are_encoded_once_for_all_viewers(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Cursor] = []
+    encode = native.encode
+
+    def noted(event: Event) -> bytes:
+        encoded.append(event.cursor)
+        return encode(event)
+
+    monkeypatch.setattr(native, "encode", noted)
     await writer.begin()
     async with (
         entered(hub, writer.stream_id) as feed,
@@ -397,8 +408,7 @@ async def test_frames_are_encoded_once_for_all_viewers(hub: Hub, writer: Writer)
         await writer.finish()
         await one.has(b"completed")
         await two.has(b"completed")
-        [(_, frames)] = feed._frames.values()
-        assert len(frames) == len(feed.events)
+        assert encoded == [event.cursor for event in feed.events]
 
 
 async def test_finished_streams_are_read_once_for_all_who_come_late(
