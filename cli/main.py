@@ -77,7 +77,7 @@ HERE = "http://127.0.0.1:8000"
 @app.command()
 def chat(text: str, url: Url = HERE) -> None:
     """Ask, and print the answer as it comes, across every loss of the connection."""
-    with Client(url) as client:
+    with Client(url, report=everything.report) as client:
         stream_id = client.ask([{"role": "user", "content": text}])
         everything.report(f"stream {stream_id}")
         _print(client, stream_id)
@@ -86,14 +86,14 @@ def chat(text: str, url: Url = HERE) -> None:
 @app.command()
 def watch(stream_id: str, url: Url = HERE) -> None:
     """Print a stream from its beginning, then as it comes."""
-    with Client(url) as client:
+    with Client(url, report=everything.report) as client:
         _print(client, stream_id)
 
 
 @app.command()
 def cancel(stream_id: str, url: Url = HERE) -> None:
     """End a stream here; what it has stays readable."""
-    with Client(url) as client:
+    with Client(url, report=everything.report) as client:
         typer.echo(client.cancel(stream_id))
 
 
@@ -101,8 +101,7 @@ def _print(client: Client, stream_id: str) -> None:
     printed = False
     for update in client.watch(stream_id):
         if update.kind == STARTED and printed:
-            # A terminal cannot take text back, so it says that what stands above is void.
-            typer.echo("\n--- a new attempt: forget the text above ---")
+            _forget(stream_id)
         printed = printed or bool(update.text)
         typer.echo(update.text, nl=False)
         if update.kind in TERMINAL:
@@ -110,6 +109,15 @@ def _print(client: Client, stream_id: str) -> None:
         if update.kind in FAILURES:
             everything.report(str(update.data.get("message", update.kind)))
             raise typer.Exit(1)
+
+
+def _forget(stream_id: str) -> None:
+    """Text cannot be taken back. Whoever reads a terminal is told that what stands above is void; a
+    file or a program would take both attempts for one answer."""
+    if not sys.stdout.isatty():
+        everything.report(f"the answer began anew: `relay watch {stream_id}` has it whole")
+        raise typer.Exit(1)
+    typer.echo("\n--- a new attempt: forget the text above ---")
 
 
 def _set(**variables: object) -> None:

@@ -68,7 +68,7 @@ def describe(console: Console, settings: Settings, port: int, redis: RedisServer
     question = '{"messages":[{"role":"user","content":"Hello"}]}'
     lines = [f"curl -N {url}/chat {headers} -d '{question}'"]
     if redis:
-        lines.append(f"export REDIS_URL='{redis.url}'   # for a second terminal")
+        lines.append(f"export REDIS_URL='{redis.url}'   # to look into it")
     for line in lines:  # Outside of the panel and not wrapped: they are there to be copied.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -84,7 +84,8 @@ async def up(settings: Settings, console: Console) -> int:
 
     Raises ConfigurationError before any child is started.
     """
-    _ = settings.upstream  # Configured by half, it raises here, before anything is started.
+    # Configured by half, they raise here, before anything is started.
+    _ = settings.upstream, settings.webhooks
     port = free_port(settings.host, settings.port)
     with contextlib.ExitStack() as stack:
         redis = None

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 import httpx2
 
-from relay.errors import RelayError
+from relay.errors import ConfigurationError, RelayError
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, join_text
 
 SILENCE_SECONDS = 45.0
@@ -53,15 +54,25 @@ class Update:
 
 class Client:
     """Talks to one chat-relay. Every request is repeated over lost connections and 503, at most
-    `tries` times in a row; a stream is resumed strictly after the last event that was seen."""
+    `tries` times in a row, the first of which is told to `report`; a stream is resumed strictly
+    after the last event that was seen."""
 
     def __init__(
-        self, url: str, *, tries: int = 8, sleep: Callable[[float], object] = time.sleep
+        self,
+        url: str,
+        *,
+        tries: int = 8,
+        sleep: Callable[[float], object] = time.sleep,
+        report: Callable[[str], object] = lambda _: None,
     ) -> None:
+        """Raises ConfigurationError for what is no URL of a server."""
+        if not re.match(r"https?://[^/]", url):
+            raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
         self._http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(10, read=SILENCE_SECONDS))
         self._url = url
         self._tries = tries
         self._sleep = sleep
+        self._report = report
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +149,8 @@ class Client:
     def _wait_or_give_up(self, failures: int, error: Exception | None) -> int:
         if failures + 1 >= self._tries:
             raise Unreachable(f"{self._url} does not answer: is `relay up` running?") from error
+        if not failures:
+            self._report(f"{self._url} does not answer, trying again")
         ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
         self._sleep(ceiling * random.uniform(0.5, 1))  # noqa: S311
         return failures + 1

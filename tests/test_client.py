@@ -20,6 +20,7 @@ from relay.client import (
     Unreachable,
     Update,
 )
+from relay.errors import ConfigurationError
 
 ID = "aaaqeayeaudaocajbifqydiob62qkqho"
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n"
@@ -332,6 +333,20 @@ def test_a_call_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, .
         with pytest.raises(Unreachable):
             relay.status(ID)
         assert len(server.requests) == len(replies)
+
+
+def test_the_first_loss_in_a_row_is_told_at_once() -> None:
+    told: list[str] = []
+    with serving(AWAY, BROKEN, reply(202, {"stream_id": ID})) as server:
+        with Client(server.url, sleep=lambda _: None, report=told.append) as client:
+            client.ask([])
+        assert told == [f"{server.url} does not answer, trying again"]
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "localhost:8000", "ftp://host", "http://"])
+def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="no URL"):
+        Client(url)
 
 
 def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:

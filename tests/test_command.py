@@ -6,14 +6,17 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
+import typer
 
+from cli import main
 from cli.processes import free_port
 from emulator.script import prompt
+from relay.client import Client, Update
 
 
 @pytest.fixture
@@ -123,11 +126,35 @@ async def test_a_failed_answer_and_an_unknown_stream_are_told_in_a_sentence(
     assert await watch.wait() == 1
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_two_attempts_are_never_taken_for_one_answer(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def watch(_: Client, __: str) -> Iterator[Update]:
+        for kind, text in (("started", ""), ("chunk", "old"), ("started", ""), ("chunk", "new")):
+            yield Update(kind, text, {})
+
+    monkeypatch.setattr(Client, "watch", watch)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    if terminal:
+        main.watch("ID", "http://127.0.0.1")
+        assert capsys.readouterr().out == "old\n--- a new attempt: forget the text above ---\nnew"
+        return
+    with pytest.raises(typer.Exit) as ended:
+        main.watch("ID", "http://127.0.0.1")
+    assert ended.value.exit_code == 1
+    out, err = capsys.readouterr()
+    assert out == "old"
+    assert "`relay watch ID` has it whole" in err
+
+
 @pytest.mark.parametrize(
     ("words", "variables", "named"),
     [
         (["up"], {"AZURE_OPENAI_ENDPOINT": "https://x.example"}, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
         (["up"], {"RELAY_PORT": "high"}, "RELAY_PORT"),
+        (["up"], {"RELAY_WEBHOOK_HOSTS": "hooks.test"}, "RELAY_WEBHOOK_SECRET"),
+        (["chat", "Hello"], {"RELAY_URL": "localhost:8000"}, "localhost:8000"),
         (["api"], {"REDIS_URL": "nonsense"}, "REDIS_URL"),
         (["api"], {"RELAY_LEASE_SECONDS": "-1"}, "RELAY_LEASE_SECONDS"),
         (["worker"], {}, "AZURE_OPENAI_ENDPOINT"),
