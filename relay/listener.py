@@ -89,7 +89,7 @@ class Listener:
             try:
                 await self._hear(await self._connect())
             except (RedisError, OSError) as error:
-                logger.warning("channel_lost", error=type(error).__name__)
+                logger.warning("channel_lost", error=str(error))
             finally:
                 self._on_lost()
             await asyncio.sleep(RECONNECT_SECONDS)

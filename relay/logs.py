@@ -2,12 +2,15 @@
 
 import logging
 import sys
+import time
 import traceback
 from typing import Literal
 
 import structlog
 
 Logger = structlog.stdlib.BoundLogger
+
+REPEAT_SECONDS = 5.0
 
 
 def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
@@ -34,6 +37,7 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
             ],
         )
     )
+    handler.addFilter(_NotAgain())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
@@ -46,6 +50,25 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
 def get_logger(name: str) -> Logger:
     logger: Logger = structlog.get_logger(f"relay.{name}")
     return logger
+
+
+class _NotAgain(logging.Filter):
+    """A warning of ours that names no stream is not written again for a while: with Redis away,
+    each part of a process would say so five times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.msg
+        if record.levelno != logging.WARNING or not isinstance(said, dict) or "stream" in said:
+            return True
+        line, now = str({**said, "timestamp": None}), time.monotonic()
+        self._written = {
+            each: when for each, when in self._written.items() if now - when < REPEAT_SECONDS
+        }
+        return self._written.setdefault(line, now) == now
 
 
 def _without_message(exc_info: structlog.typing.ExcInfo) -> str:

@@ -60,6 +60,32 @@ def test_as_json_each_line_is_an_object(capsys: pytest.CaptureFixture[str]) -> N
     assert second == {"level": "warning", "process": "worker", "event": "port 80\nis taken"}
 
 
+def test_a_warning_is_not_repeated_for_a_while_unless_it_is_of_another_stream(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with configured("worker", "json"):
+        log = get_logger("worker")
+        for _ in range(3):
+            log.warning("claim_failed", error="ConnectionError")
+            log.info("worker_ready")
+        log.warning("claim_failed", error="TimeoutError")
+        log.warning("lease_lapsed", stream="a")
+        log.warning("lease_lapsed", stream="a")
+        monkeypatch.setattr("relay.logs.REPEAT_SECONDS", 0)
+        log.warning("claim_failed", error="ConnectionError")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line.get("error")) for line in lines] == [
+        ("claim_failed", "ConnectionError"),
+        ("worker_ready", None),
+        ("worker_ready", None),
+        ("worker_ready", None),
+        ("claim_failed", "TimeoutError"),
+        ("lease_lapsed", None),
+        ("lease_lapsed", None),
+        ("claim_failed", "ConnectionError"),
+    ]
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_an_exception_is_told_in_the_same_line_without_what_it_quotes(
     capsys: pytest.CaptureFixture[str], log_format: Literal["text", "json"]
