@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from api import ai_sdk, chat_completions, openai_errors, page, problems, responses, webhook
 from api.body_limit import BodyLimit
 from api.hub import Hub
-from api.parts import Parts
+from api.parts import ANY_MODEL, Parts
 from api.presence import Presence
 from api.routes import router
 from api.shortcut import Shortcut
@@ -48,7 +48,8 @@ def _leave_no_half(task: asyncio.Task[None]) -> None:
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it connects to Redis when it starts up, not here. Raises
     ConfigurationError."""
-    webhooks = settings.webhooks
+    webhooks, upstream = settings.webhooks, settings.upstream
+    model = upstream.model if upstream else ANY_MODEL
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         presence = Presence(hub, log, process=secrets.token_hex(8))
         app.state.redis = redis
-        app.state.parts = Parts(settings, log, hub, presence, webhooks)
+        app.state.parts = Parts(settings, log, hub, presence, webhooks, model)
         running = [asyncio.create_task(part.run()) for part in (hub, presence)]
         for task in running:
             task.add_done_callback(_leave_no_half)

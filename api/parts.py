@@ -14,6 +14,7 @@ from relay.settings import Settings
 from relay.webhooks import Webhooks
 
 ANY_MODEL = "chat-relay"
+"""The public name of the one model where this process does not know the upstream's."""
 
 
 class Pace(TypedDict):
@@ -28,24 +29,25 @@ class Parts:
     """One per process, in `app.state.parts`."""
 
     def __init__(
-        self, settings: Settings, log: Log, hub: Hub, presence: Presence, webhooks: Webhooks
+        self,
+        settings: Settings,
+        log: Log,
+        hub: Hub,
+        presence: Presence,
+        webhooks: Webhooks,
+        model: str,
     ) -> None:
         self.settings = settings
         self.webhooks = webhooks
         self.log = log
         self.hub = hub
         self.presence = presence
+        self.model = model
         self.pace: Pace = {
             "heartbeat_seconds": settings.heartbeat_seconds,
             "write_seconds": settings.write_seconds,
             "drain_seconds": settings.drain_seconds,
         }
-
-    @property
-    def model(self) -> str:
-        """The public name of the one model: the upstream's, where this process knows it."""
-        upstream = self.settings.upstream
-        return upstream.model if upstream else ANY_MODEL
 
 
 # Async though it waits for nothing: FastAPI runs plain functions in a thread, at the price of a
