@@ -80,12 +80,7 @@ class Problem(BaseModel):
 
 
 def problem(
-    status: int,
-    code: str,
-    detail: str,
-    *,
-    errors: list[dict[str, str]] | None = None,
-    retry_seconds: int | None = None,
+    status: int, code: str, detail: str, *, errors: list[dict[str, str]] | None = None
 ) -> Response:
     body: dict[str, Any] = {
         "type": f"urn:chat-relay:problem:{code}",
@@ -96,7 +91,7 @@ def problem(
     }
     if errors is not None:
         body["errors"] = errors
-    headers = {} if retry_seconds is None else {"retry-after": str(retry_seconds)}
+    headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
@@ -108,7 +103,7 @@ def answer_to(error: Exception, refuse: Refusal = problem) -> Response:
     """Whatever has gone wrong, as a problem; a fault of ours in the shape that `refuse` gives."""
     match error:
         case RelayError():
-            return problem_for(error)
+            return problem(status_of(error), error.code, error.message)
         case RedisError():
             logger.warning("redis_away", error=type(error).__name__)
             return redis_away()
@@ -117,13 +112,8 @@ def answer_to(error: Exception, refuse: Refusal = problem) -> Response:
             return refuse(500, "internal", "This is a fault of the server; its log says more.")
 
 
-def problem_for(error: RelayError) -> Response:
-    retry_seconds = RETRY_SECONDS if error.retryable else None
-    return problem(status_of(error), error.code, error.message, retry_seconds=retry_seconds)
-
-
 def redis_away() -> Response:
-    return problem(503, "redis_away", REDIS_AWAY_DETAIL, retry_seconds=RETRY_SECONDS)
+    return problem(503, "redis_away", REDIS_AWAY_DETAIL)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -238,4 +238,4 @@ class TextViewer(HeldViewer):
         return b""
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
-        return problem(status, code, detail, retry_seconds=1 if status == 503 else None)
+        return problem(status, code, detail)

@@ -26,6 +26,7 @@ def code(response: httpx2.Response, status: int) -> str:
     assert problem["type"] == f"urn:chat-relay:problem:{problem['code']}"
     assert problem["title"]
     assert problem["detail"].endswith(".")
+    assert ("retry-after" in response.headers) == (status == 503)
     assert "Traceback" not in response.text
     return str(problem["code"])
 

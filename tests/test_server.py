@@ -442,6 +442,20 @@ async def test_an_answer_that_ends_in_a_deploy_ends_cleanly(settings: Settings) 
     assert body.endswith(b"0\r\n\r\n")
 
 
+@pytest.mark.parametrize("watches", [True, False])
+async def test_whom_a_draining_process_refuses_is_told_when_to_ask_again(
+    settings: Settings, watches: bool
+) -> None:
+    async with serving(settings) as served:
+        path = f"/streams/{await ask(served.port)}/events" if watches else "/readyz"
+        app: Any = served.server.config.app
+        app.state.parts.hub.drain()
+        said = await exchange(served.port, get(path, "accept: text/plain", "connection: close"))
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"\r\nretry-after: 2\r\n" in said
+    assert b'"code":"draining"' in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_second_signal_ends_at_once(
     redis: Redis, redis_server: RedisServer, number: signal.Signals
