@@ -1,4 +1,5 @@
-"""The shortcut gives the answers that FastAPI's stack gives, to good requests and to bad ones."""
+"""The shortcut gives the answers that FastAPI's stack gives, to good requests and to bad ones; what
+is plainly right takes it, and nothing else does."""
 
 import json
 import re
@@ -51,6 +52,15 @@ ASKED = {
     "a wrong header": asked(x_on_disconnect="explode"),
     "a webhook where there are none": asked(x_webhook_url="https://example.com/"),
 }
+PLAINLY_RIGHT = {
+    "plain",
+    "watched",
+    "as text",
+    "every field",
+    "a whole number for a broken one",
+    "a text for a number",
+}
+"""Of those, what must take the shortcut; the rest must not."""
 UNKNOWN, GONE = "a" * 32, new_stream_id()
 WATCHED = {
     "from the start": ("", {}),
@@ -74,22 +84,32 @@ def alike(response: httpx2.Response) -> Any:
 
 @pytest.fixture
 def both(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A request's answers with the shortcut and without."""
+    """A request's answers with the shortcut and without, and whether the first came by it."""
+    respond, shortened = shortcut._respond, 0
 
-    async def ask_both(request: Any) -> tuple[Any, Any]:
+    async def counted(*arguments: Any) -> None:
+        nonlocal shortened
+        shortened += 1
+        await respond(*arguments)
+
+    monkeypatch.setattr(shortcut, "_respond", counted)
+
+    async def ask_both(request: Any) -> tuple[Any, Any, bool]:
         small = changed(settings, body_bytes=16_384)
         async with running_api(small) as http, running_worker(small):
             method, path, headers, content = request
             if "ID" in path:
                 path = path.replace("ID", await finished(http))
-            answers = []
+            answers, counts = [], [shortened]
             for patched in ({}, {"_ask": None, "_watch": None}):
                 with monkeypatch.context() as patch:
                     for name in patched:
                         patch.setattr(shortcut, name, lambda *_: None)
                     options = {"headers": headers, "content": content}
                     answers.append(alike(await http.request(method, path, **options)))
-        return answers[0], answers[1]
+                    counts.append(shortened)
+        assert counts[1] == counts[2]
+        return answers[0], answers[1], counts[0] < counts[1]
 
     return ask_both
 
@@ -102,19 +122,22 @@ async def finished(http: httpx2.AsyncClient) -> str:
 
 @pytest.mark.parametrize("name", ASKED)
 async def test_a_question_is_answered_alike(name: str, both: Any) -> None:
-    short, long = await both(ASKED[name])
+    short, long, shortened = await both(ASKED[name])
     assert short == long
+    assert shortened == (name in PLAINLY_RIGHT)
 
 
 @pytest.mark.parametrize("name", WATCHED)
 async def test_a_viewer_is_shown_the_same(name: str, both: Any) -> None:
     query, headers = WATCHED[name]
-    short, long = await both(("GET", f"/streams/ID/events{query}", headers, b""))
+    short, long, shortened = await both(("GET", f"/streams/ID/events{query}", headers, b""))
     assert short == long
+    assert shortened
 
 
 @pytest.mark.parametrize("stream_id", [UNKNOWN, GONE, "x", "%2E%2E"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, both: Any) -> None:
-    short, long = await both((method, f"/streams/{stream_id}/events", {}, b""))
+    short, long, shortened = await both((method, f"/streams/{stream_id}/events", {}, b""))
     assert short == long
+    assert shortened == ((method, stream_id) == ("GET", GONE))
