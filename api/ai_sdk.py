@@ -48,9 +48,8 @@ class UIMessageViewer(Viewer):
         await self._follow(send, over)
         await self._end(send)
 
-    def _tell_gone(self, feed: Feed) -> bytes:
-        assert feed.gone is not None  # noqa: S101
-        return codec.encode_error(feed.gone.message)
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        return codec.encode_error(gone.message)
 
     def _last_words(self) -> bytes:
         # The client takes a clean end for the whole answer: it must find the connection broken.

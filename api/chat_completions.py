@@ -14,6 +14,7 @@ from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.parts import Parts, PartsOfApp, until_ended
 from api.viewer import HeldViewer, Superseded
 from api.wires import chat_completions as codec
+from relay.errors import StreamGone
 from relay.events import CANCELLED, COMPLETED, FAILED, to_json
 from relay.logs import get_logger
 
@@ -34,9 +35,8 @@ class ChatCompletionViewer(HeldViewer):
         except Superseded:
             await self._write(send, codec.encode_error(codec.INTERRUPTED))
 
-    def _tell_gone(self, feed: Feed) -> bytes:
-        assert feed.gone is not None  # noqa: S101
-        return codec.encode_error({"code": feed.gone.code, "message": feed.gone.message})
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        return codec.encode_error({"code": gone.code, "message": gone.message})
 
     def _last_words(self) -> bytes:
         return b""

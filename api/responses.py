@@ -19,7 +19,7 @@ from api.responses_request import ResponsesRequest
 from api.viewer import Viewer
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_error
-from relay.errors import StreamUnknown
+from relay.errors import StreamGone, StreamUnknown
 from relay.events import FAILED, to_json
 from relay.ids import is_stream_id
 from relay.logs import get_logger
@@ -84,9 +84,8 @@ class ResponseViewer(Viewer):
         unseen, self._skip = codec.after(body, self._skip)
         return unseen
 
-    def _tell_gone(self, feed: Feed) -> bytes:
-        assert feed.gone is not None  # noqa: S101
-        return encode_error({"code": feed.gone.code, "message": feed.gone.message})
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        return encode_error({"code": gone.code, "message": gone.message})
 
     def _last_words(self) -> bytes:
         # The SDK takes `retry:` alone for an event, and finds no JSON in it.

@@ -12,6 +12,7 @@ from api.line import Line
 from api.long_response import RETRY_MS, BrokenOff, LongResponse, come_back, sent_away
 from api.problems import problem
 from api.wires import native, text
+from relay.errors import StreamGone
 from relay.events import CANCELLED, FAILED, STARTED, Cursor, Event
 
 
@@ -68,7 +69,7 @@ class Viewer(LongResponse):
         index = None
         while True:
             if feed.gone is not None:
-                await self._write(send, self._tell_gone(feed))
+                await self._write(send, self._tell_gone(feed.gone))
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
                 index = feed.position(self._cursor)
@@ -117,9 +118,8 @@ class Viewer(LongResponse):
     def _comment(self, notice: bytes) -> bytes:
         return native.comment(notice)
 
-    def _tell_gone(self, feed: Feed) -> bytes:
-        assert feed.gone is not None  # noqa: S101
-        return native.encode_gone(feed.gone)
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        return native.encode_gone(gone)
 
 
 class NotNow(Response):
@@ -228,7 +228,7 @@ class TextViewer(HeldViewer):
     def _breaks(self, event: Event) -> bool:
         return event.kind in {FAILED, CANCELLED} or super()._breaks(event)
 
-    def _tell_gone(self, feed: Feed) -> bytes:
+    def _tell_gone(self, gone: StreamGone) -> bytes:
         raise BrokenOff
 
     def _comment(self, notice: bytes) -> bytes:
