@@ -5,13 +5,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
-from api.line import Line, chunk_of
+from api.line import Line
+from api.riders import Riders
+from api.settle import settle
 from relay.errors import StreamGone
 from relay.events import STARTED, TEXT, WHOLE, Cursor, Event
 
-T = TypeVar("T")
 Encode = Callable[[Event], bytes]
 Wire = Callable[[], Encode]
 """Makes an encoder for one feed, which is given all its events in order: what a frame
@@ -20,71 +21,6 @@ leaves out may have been said by an earlier one."""
 FRAMES_AT_ONCE = 256
 BYTES_AT_ONCE = 64 * 1024
 """What a viewer takes for one write, by either bound: all the memory that a slow one holds."""
-
-
-class Riders:
-    """The viewers of one wire that have everything and ride along: each chunk is written to them as
-    it comes, while their own coroutines sleep on. Who gets off is told the index to go on from."""
-
-    def __init__(self, heartbeat: bytes, seconds: float) -> None:
-        self._lines: dict[asyncio.Future[int], Line] = {}
-        self._heartbeat = chunk_of(heartbeat) if heartbeat else b""
-        self._seconds = seconds
-        self._index = 0
-        self._wrote = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def get_on(self, line: Line, index: int) -> asyncio.Future[int]:
-        """`index` is that of all who are on already: nobody lacks anything."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[int] = loop.create_future()
-        self._lines[waiter] = line
-        self._index = index
-        if self._timer is None:
-            self._wrote = loop.time()
-            self._beat()
-        return waiter
-
-    def get_off(self, waiter: asyncio.Future[int], _: object = None) -> None:
-        if self._lines.pop(waiter, None) is not None:
-            settle(waiter, self._index)
-        if not self._lines and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def all_get_off(self) -> None:
-        for waiter in tuple(self._lines):
-            self.get_off(waiter)
-
-    def carry(self, body: bytes, index: int) -> None:
-        """On to an index, by what stands before it. Whose line is full gets off there."""
-        self._index = index
-        if body:
-            self._wrote = asyncio.get_running_loop().time()
-            self._write(chunk_of(body))
-
-    def _write(self, chunk: bytes) -> None:
-        full = []
-        for waiter, line in self._lines.items():
-            line.write(chunk)
-            if line.full:
-                full.append(waiter)
-        for waiter in full:
-            self.get_off(waiter)
-
-    def _beat(self) -> None:
-        """Not set anew with each chunk: it looks when it is due."""
-        loop = asyncio.get_running_loop()
-        left = self._wrote + self._seconds - loop.time()
-        if left <= 0:
-            left, self._wrote = self._seconds, loop.time()
-            if self._heartbeat:
-                self._write(self._heartbeat)
-        if self._lines:
-            self._timer = loop.call_later(left, self._beat)
 
 
 class Feed:
@@ -246,7 +182,7 @@ class Feed:
         """Wait for news here or for `unless` to be done; False after `seconds` of neither."""
         return await any_changed([self], seconds, unless=unless)
 
-    def notify(self, waiter: asyncio.Future[bool]) -> None:
+    def when_changed(self, waiter: asyncio.Future[bool]) -> None:
         """Settle this at the next news."""
         self._waiters.add(waiter)
 
@@ -263,7 +199,7 @@ async def any_changed(
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[bool] = loop.create_future()
     for feed in feeds:
-        feed.notify(waiter)
+        feed.when_changed(waiter)
     timer = loop.call_later(seconds, settle, waiter, False)
 
     end = partial(_settle_true, waiter)
@@ -279,8 +215,3 @@ async def any_changed(
 
 def _settle_true(waiter: asyncio.Future[bool], _: asyncio.Future[Any]) -> None:
     settle(waiter, True)
-
-
-def settle(waiter: asyncio.Future[T], outcome: T) -> None:
-    if not waiter.done():
-        waiter.set_result(outcome)

@@ -10,8 +10,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from api.feed import Feed, settle
+from api.feed import Feed
 from api.finished import Finished
+from api.settle import settle
 from relay import keys
 from relay.errors import StreamGone
 from relay.events import decode_batch

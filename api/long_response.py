@@ -8,9 +8,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from api.feed import settle
 from api.hub import Hub
 from api.line import Line
+from api.settle import settle
 from api.wires import native
 
 HEADERS = {
