@@ -53,7 +53,7 @@ class Hub:
         self._beginning: dict[Feed, asyncio.Task[None]] = {}
         """Those whose log is being read for the first time."""
         self._unborn: set[Feed] = set()
-        self._subscribing: dict[str, asyncio.Future[bool]] = {}
+        self._subscribing: dict[str, asyncio.Future[None]] = {}
         self._reading: set[Feed] = set()
         self._stale: set[Feed] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -223,7 +223,7 @@ class Hub:
     def _subscribed(self, channel: str) -> None:
         """What was published before the subscription stood is only in the log."""
         if stands := self._subscribing.pop(channel, None):
-            settle(stands, True)
+            settle(stands, None)
         elif (feed := self._feed_of(channel)) and feed not in self._unborn:
             self._start(self._catch_up(feed))
 
@@ -244,7 +244,7 @@ class Hub:
         self._finished.clear()
         self._stale |= self._unborn
         for stands in self._subscribing.values():
-            settle(stands, False)
+            settle(stands, None)
         self._subscribing.clear()
 
     def _feed_of(self, channel: str) -> Feed | None:
