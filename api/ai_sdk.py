@@ -1,5 +1,6 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -10,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.asking import AskingOfRequest
 from api.feed import Feed
+from api.long_response import Exit
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import RETRY_SECONDS
 from api.shaped_route import ShapedRoute
@@ -42,7 +44,9 @@ class UIMessageViewer(Viewer):
         )
         self._message_id = message_id
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send, over: Any) -> None:
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
+    ) -> None:
         await self._begin(send)
         await self._write(send, codec.encode_start(self._message_id))
         await self._follow(send, over)

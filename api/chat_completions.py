@@ -10,6 +10,7 @@ from starlette.types import Send
 from api.asking import AskingOfRequest
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
+from api.long_response import Exit
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.parts import Parts, PartsOfApp, until_ended
 from api.viewer import HeldViewer, Superseded
@@ -29,7 +30,7 @@ class ChatCompletionViewer(HeldViewer):
     media_type = codec.MEDIA_TYPE
     wire = staticmethod(codec.encoder)
 
-    async def _follow(self, send: Send, over: asyncio.Future[bool]) -> None:
+    async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         try:
             await super()._follow(send, over)
         except Superseded:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from enum import Enum, auto
 from functools import cache, partial
 
 from starlette.exceptions import HTTPException
@@ -24,6 +25,15 @@ COME_BACK_MS = (500, 3000)
 
 class BrokenOff(Exception):
     """The response must not get its proper end, so that no client takes it for the whole answer."""
+
+
+class Exit(Enum):
+    """Why a response ends before what it shows has ended."""
+
+    LEFT = auto()
+    """The client has left, or takes nothing more."""
+    SENT_AWAY = auto()
+    """This process drains: the client is to go on elsewhere."""
 
 
 @cache
@@ -65,15 +75,15 @@ class LongResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         line = self._line = Line.of(scope)
-        over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         watching = None
         if line is not None:
-            line.when_lost(partial(settle, over, False))
+            line.when_lost(partial(settle, over, Exit.LEFT))
         else:
             watching = asyncio.ensure_future(_until_left(receive, over))
         if self._hub.draining:
             # It has only just come: it may as well go elsewhere at once.
-            settle(over, True)
+            settle(over, Exit.SENT_AWAY)
         try:
             await self._respond(scope, receive, send, over)
         except BrokenOff:
@@ -83,34 +93,35 @@ class LongResponse(Response):
             if line is not None:
                 # Otherwise the server would wait until the peer has taken the rest.
                 line.abort()
-            settle(over, False)
+            settle(over, Exit.LEFT)
         finally:
             if watching is not None:
                 watching.cancel()
             if self._parting is not None:
                 self._parting.cancel()
-        if over.done() and not over.result():
+        if over.done() and over.result() is Exit.LEFT:
             await self._left()
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
-        """The whole response. `over` is done when it is to end: True if the client is sent away,
-        False if it has left."""
+        """The whole response. `over` is done when it is to end early, and says why."""
         raise NotImplementedError
 
     async def _left(self) -> None:
         """The client has left before the end, or takes nothing more."""
 
-    def _part_when_draining(self, over: asyncio.Future[bool]) -> None:
+    def _part_when_draining(self, over: asyncio.Future[Exit]) -> None:
         """Choose a moment of its own, so that not all viewers storm the next process at once."""
         if self._hub.draining and self._parting is None:
             seconds = random.uniform(0, self._drain_seconds)  # noqa: S311
-            self._parting = asyncio.get_running_loop().call_later(seconds, settle, over, True)
+            self._parting = asyncio.get_running_loop().call_later(
+                seconds, settle, over, Exit.SENT_AWAY
+            )
 
-    async def _go(self, send: Send, over: asyncio.Future[bool]) -> None:
+    async def _end_early(self, send: Send, why: Exit) -> None:
         """Nothing is left to say to one that left; one that is sent away is to come back."""
-        if sent_away(over):
+        if why is Exit.SENT_AWAY:
             await self._write(send, self._last_words())
             raise BrokenOff
 
@@ -137,16 +148,11 @@ class LongResponse(Response):
             await send(message)
 
 
-def sent_away(over: asyncio.Future[bool]) -> bool:
-    """What `over` says of a viewer that is to end."""
-    return over.done() and over.result()
-
-
-async def _until_left(receive: Receive, over: asyncio.Future[bool]) -> None:
+async def _until_left(receive: Receive, over: asyncio.Future[Exit]) -> None:
     try:
         while (await receive())["type"] != "http.disconnect":
             pass
     except HTTPException:
         # A body that nobody asked for, and too long: nothing can be heard behind it.
         pass
-    settle(over, False)
+    settle(over, Exit.LEFT)

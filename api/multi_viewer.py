@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import Feed, any_changed
 from api.hub import Hub
-from api.long_response import RETRY_MS, LongResponse
+from api.long_response import RETRY_MS, Exit, LongResponse
 from api.wires import multiplexed, native
 from relay.errors import StreamGone
 from relay.events import Cursor
@@ -86,13 +86,13 @@ class MultiViewer(LongResponse):
         self._heartbeat_seconds = heartbeat_seconds
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         await self._begin(send)
         await self._write(send, native.retry(RETRY_MS))
         while not all(lane.over for lane in self._lanes):
             if over.done():
-                await self._go(send, over)
+                await self._end_early(send, over.result())
                 return
             self._part_when_draining(over)
             news = [piece for lane in self._lanes if (piece := lane.take(self._lanes))]
@@ -102,7 +102,7 @@ class MultiViewer(LongResponse):
                 await self._wait(send, over)
         await self._end(send)
 
-    async def _wait(self, send: Send, over: asyncio.Future[bool]) -> None:
+    async def _wait(self, send: Send, over: asyncio.Future[Exit]) -> None:
         feeds = [lane.feed for lane in self._lanes if not lane.over]
         if not await any_changed(feeds, self._heartbeat_seconds, unless=over):
             await self._write(send, native.HEARTBEAT)

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.asking import AskingOfRequest
 from api.feed import Feed
+from api.long_response import Exit
 from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
 from api.parts import Parts, PartsOfApp, WhileResponding, until_ended
 from api.responses_request import ResponsesRequest
@@ -60,7 +61,7 @@ class ResponseViewer(Viewer):
         self._skip = skip
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         await self._begin(send)
         index = 0

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
 from api.line import Line
-from api.long_response import RETRY_MS, BrokenOff, LongResponse, come_back, sent_away
+from api.long_response import RETRY_MS, BrokenOff, Exit, LongResponse, come_back
 from api.problems import problem
 from api.wires import native, text
 from relay.errors import StreamGone
@@ -56,14 +56,14 @@ class Viewer(LongResponse):
             await self._on_leave()
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         await self._begin(send)
         await self._write(send, native.retry(RETRY_MS))
         await self._follow(send, over)
         await self._end(send)
 
-    async def _follow(self, send: Send, over: asyncio.Future[bool]) -> None:
+    async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         """Write the feed from the cursor on, until its end or until the viewer must go."""
         feed = self._feed
         index = None
@@ -77,7 +77,7 @@ class Viewer(LongResponse):
             if feed.ended and index == len(feed.events):
                 return
             if over.done():
-                await self._go(send, over)
+                await self._end_early(send, over.result())
                 return
             self._part_when_draining(over)
             notices = self._take_notices()
@@ -91,7 +91,7 @@ class Viewer(LongResponse):
             elif not await feed.changed(self._heartbeat_seconds, unless=over):
                 await self._write(send, self.heartbeat)
 
-    async def _ride(self, send: Send, line: Line, over: asyncio.Future[bool]) -> int:
+    async def _ride(self, send: Send, line: Line, over: asyncio.Future[Exit]) -> int:
         """Let the feed write what comes for as long as that is all there is to do."""
         index = await self._feed.ride(
             self.wire, line, self.heartbeat, self._heartbeat_seconds, unless=over
@@ -143,7 +143,7 @@ class HeldViewer(Viewer):
     _written = False
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         while not (self._speaks() or self._feed.ended or over.done()):
             self._part_when_draining(over)
@@ -185,7 +185,7 @@ class HeldViewer(Viewer):
             yield from zip(self._feed.events[start:], frames, strict=False)
             start += len(frames)
 
-    def _failure(self, over: asyncio.Future[bool]) -> Response | None:
+    def _failure(self, over: asyncio.Future[Exit]) -> Response | None:
         """What is answered instead if it ended, or must go, before it spoke."""
         if self._feed.gone is not None:
             return self._refusal(410, self._feed.gone.code, self._feed.gone.message)
@@ -196,7 +196,7 @@ class HeldViewer(Viewer):
         if last.kind == CANCELLED:
             detail = "The stream was cancelled before its first text."
             return self._refusal(409, "cancelled", detail)
-        if sent_away(over):
+        if over.done() and over.result() is Exit.SENT_AWAY:
             detail = "Watch this stream again: another process answers."
             return self._refusal(503, "draining", detail)
         return None
@@ -219,7 +219,7 @@ class TextViewer(HeldViewer):
     heartbeat = b""
 
     async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[bool]
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         # A client with a cursor has text already, though nothing was written here.
         self._written = self._cursor is not None and self._cursor.attempt > 0
