@@ -13,7 +13,7 @@ from api.asking import AskingOfRequest
 from api.feed import Feed
 from api.long_response import Exit
 from api.parts import Parts, PartsOfApp, WhileResponding
-from api.problems import RETRY_SECONDS
+from api.problems import RETRY_SECONDS, first_fault
 from api.shaped_route import ShapedRoute
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
@@ -89,14 +89,10 @@ class ChatRoute(ShapedRoute):
 
 
 def _invalid(failure: RequestValidationError) -> Response:
-    first = failure.errors()[0]
-    if first["type"] == "json_invalid" or first["loc"] == ("body",):
-        message = "Send one JSON object as the body, with content-type: application/json."
-        return refusal(400, "bad_json", message)
-    field = ".".join(str(part) for part in first["loc"] if part not in {"body", "header", "path"})
-    unknown = first["type"] == "extra_forbidden"
-    told = "This server does not know it." if unknown else f"{first['msg']}."
-    return refusal(422, "invalid_request", f"{field}: {told}")
+    fault = first_fault(failure)
+    if fault.field is None:
+        return refusal(400, "bad_json", fault.message)
+    return refusal(422, "invalid_request", fault.message)
 
 
 router = APIRouter(prefix="/api/chat", route_class=ChatRoute)

@@ -1,7 +1,6 @@
 """OpenAI's chat completions API: for every client that speaks it, unmodified."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,15 +10,21 @@ from api.asking import AskingOfRequest
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.long_response import Exit
-from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
-from api.parts import Parts, PartsOfApp, until_ended
+from api.openai_errors import (
+    RESPONSES,
+    STATUSES,
+    OpenAIRoute,
+    failure_of,
+    refusal,
+    unknown_model,
+)
+from api.parts import PartsOfApp
 from api.viewer import HeldViewer, Superseded
+from api.waiting import when_ended
 from api.wires import chat_completions as codec
 from relay.errors import StreamGone
-from relay.events import CANCELLED, COMPLETED, FAILED, to_json
-from relay.logs import get_logger
+from relay.events import CANCELLED, to_json
 
-logger = get_logger("api")
 router = APIRouter(prefix="/v1", route_class=OpenAIRoute)
 
 
@@ -78,12 +83,10 @@ async def create(
     answer, unless X-On-Disconnect asks for it."""
     parts = asking.parts
     if body.model != parts.model:
-        message = f"There is no model {body.model!r} here: use {parts.model!r}."
-        return refusal(404, "model_not_found", message, param="model")
+        return unknown_model(body.model, parts.model)
     feed = await asking.begin(body)
-    on_leave = asking.on_leave(feed)
     if not body.stream:
-        return await _whole(request, parts, feed, on_leave)
+        return await when_ended(request, asking, feed, _whole)
     usage = body.stream_options is not None and body.stream_options.include_usage
     viewer = WithUsage if usage else ChatCompletionViewer
     return viewer(
@@ -92,29 +95,14 @@ async def create(
         None,
         **parts.pace,
         headers={"x-stream-id": feed.stream_id},
-        on_leave=on_leave,
+        on_leave=asking.on_leave(feed),
     )
 
 
-async def _whole(
-    request: Request, parts: Parts, feed: Feed, on_leave: Callable[[], Awaitable[None]] | None
-) -> Response:
+def _whole(feed: Feed) -> Response:
     """The answer as one object, however many attempts it took."""
-    await until_ended(request, parts, feed)
-    response = _response(feed)
-    response.headers["x-stream-id"] = feed.stream_id
-    if not feed.ended and not parts.hub.draining and on_leave is not None:
-        await on_leave()
-    return response
-
-
-def _response(feed: Feed) -> Response:
-    if feed.gone is not None:
-        return refusal(410, feed.gone.code, feed.gone.message)
-    last = feed.events[-1]
-    if last.kind == COMPLETED:
-        return Response(to_json(codec.fold(feed.events)), media_type="application/json")
-    if last.kind in {FAILED, CANCELLED}:
-        value = {"code": CANCELLED, "message": "The answer was cancelled.", **last.value()}
-        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
-    return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+    if failure := failure_of(feed):
+        return failure
+    if feed.events[-1].kind == CANCELLED:
+        return refusal(STATUSES[CANCELLED], CANCELLED, "The answer was cancelled.")
+    return Response(to_json(codec.fold(feed.events)), media_type="application/json")

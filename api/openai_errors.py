@@ -7,12 +7,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from api.problems import RETRY_SECONDS
+from api.feed import Feed
+from api.problems import RETRY_SECONDS, first_fault
 from api.shaped_route import ShapedRoute
 from api.wires.chat_completions import error
-from relay.logs import get_logger
-
-logger = get_logger("api")
+from relay.events import FAILED
 
 STATUSES = {
     "answer_timeout": 504,
@@ -56,6 +55,24 @@ def refusal(status: int, code: str, message: str, *, param: str | None = None) -
     return JSONResponse(body, status, headers)
 
 
+def unknown_model(name: str, ours: str) -> Response:
+    message = f"There is no model {name!r} here: use {ours!r}."
+    return refusal(404, "model_not_found", message, param="model")
+
+
+def failure_of(feed: Feed, *, gone_status: int = 410) -> Response | None:
+    """What is answered instead of an answer that is gone, has failed or has not ended."""
+    if feed.gone is not None:
+        return refusal(gone_status, feed.gone.code, feed.gone.message)
+    last = feed.events[-1]
+    if last.kind == FAILED:
+        value = last.value()
+        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
+    if not last.terminal:
+        return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+    return None
+
+
 class OpenAIRoute(ShapedRoute):
     """A route whose every error has OpenAI's shape."""
 
@@ -67,13 +84,8 @@ class OpenAIRoute(ShapedRoute):
 
 
 def _invalid(failure: RequestValidationError) -> Response:
-    first = failure.errors()[0]
-    if first["type"] == "json_invalid" or first["loc"] == ("body",):
-        message = "Send one JSON object as the body, with content-type: application/json."
-        return refusal(400, "invalid_json", message)
-    names = [str(part) for part in first["loc"] if part not in {"body", "header", "query"}]
-    param = ".".join(names)
-    unknown = first["type"] == "extra_forbidden"
-    code = "unknown_parameter" if unknown else "invalid_value"
-    message = "This server does not know it." if unknown else f"{first['msg']}."
-    return refusal(400, code, f"{param}: {message}", param=param)
+    fault = first_fault(failure)
+    if fault.field is None:
+        return refusal(400, "invalid_json", fault.message)
+    code = "unknown_parameter" if fault.unknown else "invalid_value"
+    return refusal(400, code, fault.message, param=fault.field)

@@ -1,12 +1,10 @@
 """What the routes of every API work with."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, TypedDict
 
 from fastapi import Depends, Request
 
-from api.feed import Feed
 from api.hub import Hub, Watching
 from api.presence import Presence
 from relay.log import Log
@@ -70,18 +68,3 @@ async def _watching(parts: PartsOfApp) -> AsyncIterator[Watching]:
 
 
 WhileResponding = Annotated[Watching, Depends(_watching)]
-
-
-async def until_ended(request: Request, parts: Parts, feed: Feed) -> None:
-    """Return when the answer has ended, the client has left, or this process drains."""
-    left = asyncio.ensure_future(_left(request))
-    try:
-        while not (feed.ended or left.done() or parts.hub.draining):
-            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
-    finally:
-        left.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,7 +1,7 @@
 """Errors on the native API: RFC 9457 problem+json with a stable `code`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -110,6 +110,25 @@ def answer_to(error: Exception, refuse: Refusal = problem) -> Response:
         case _:
             logger.error("internal_error", exc_info=error)
             return refuse(500, "internal", "This is a fault of the server; its log says more.")
+
+
+class Fault(NamedTuple):
+    """What is wrong with a request first; without a field, with the body as a whole."""
+
+    message: str
+    field: str | None = None
+    unknown: bool = False
+
+
+def first_fault(failure: RequestValidationError) -> Fault:
+    """For APIs whose errors tell of one."""
+    first = failure.errors()[0]
+    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+        return Fault("Send one JSON object as the body, with content-type: application/json.")
+    field = ".".join(str(part) for part in first["loc"][1:])
+    unknown = first["type"] == "extra_forbidden"
+    told = "This server does not know it." if unknown else f"{first['msg']}."
+    return Fault(f"{field}: {told}", field, unknown)
 
 
 def redis_away() -> Response:

@@ -5,6 +5,7 @@ A response is a stream, and its id that of the stream after `resp_`.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -14,14 +15,15 @@ from starlette.types import Receive, Scope, Send
 from api.asking import AskingOfRequest
 from api.feed import Feed
 from api.long_response import Exit
-from api.openai_errors import RESPONSES, STATUSES, OpenAIRoute, refusal
-from api.parts import Parts, PartsOfApp, WhileResponding, until_ended
+from api.openai_errors import RESPONSES, OpenAIRoute, failure_of, unknown_model
+from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
 from api.viewer import Viewer
+from api.waiting import until_ended, when_ended
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_error
 from relay.errors import StreamGone, StreamUnknown
-from relay.events import FAILED, to_json
+from relay.events import to_json
 from relay.ids import is_stream_id
 from relay.logs import get_logger
 
@@ -139,17 +141,15 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     Dropping the connection does not stop the answer, unless X-On-Disconnect asks for it."""
     parts = asking.parts
     if body.model != parts.model:
-        message = f"There is no model {body.model!r} here: use {parts.model!r}."
-        return refusal(404, "model_not_found", message, param="model")
+        return unknown_model(body.model, parts.model)
     asked = body.to_asked()
     if body.background and not body.stream:
         return await _now(parts, (await asking.create(asked, "responses")).stream_id)
     feed = await asking.begin(asked, "responses")
     born = await _born(parts, feed.stream_id)
-    on_leave = asking.on_leave(feed)
     if body.stream:
-        return ResponseViewer(parts, feed, born, on_leave=on_leave)
-    return await _ended(request, parts, feed, born, on_leave)
+        return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))
+    return await when_ended(request, asking, feed, partial(_ended, born))
 
 
 class Retrieval(BaseModel):
@@ -211,31 +211,10 @@ async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
     return {"id": f"resp_{stream_id}", "object": "response.deleted", "deleted": True}
 
 
-async def _ended(
-    request: Request,
-    parts: Parts,
-    feed: Feed,
-    born: codec.Born,
-    on_leave: Callable[[], Awaitable[None]] | None,
-) -> Response:
+def _ended(born: codec.Born, feed: Feed) -> Response:
     """The response when it has ended; one that failed is an error by its status."""
-    await until_ended(request, parts, feed)
-    if not feed.ended and not parts.hub.draining and on_leave is not None:
-        await on_leave()
-    response = _response(feed, born)
-    response.headers["x-stream-id"] = feed.stream_id
-    return response
-
-
-def _response(feed: Feed, born: codec.Born) -> Response:
-    if feed.gone is not None:
-        return refusal(404, feed.gone.code, feed.gone.message)
-    last = feed.events[-1]
-    if last.kind == FAILED:
-        value = last.value()
-        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
-    if not last.terminal:
-        return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+    if failure := failure_of(feed, gone_status=404):
+        return failure
     return Response(to_json(codec.fold(born, feed.events)), media_type="application/json")
 
 

@@ -204,6 +204,7 @@ async def test_the_same_idempotency_key_leads_to_the_same_message(
         ({"trigger": "resume-stream"}, "trigger"),
         ({"model": "gpt-99"}, "model"),
         ({"n": 2}, "n"),
+        ({"body": 2}, "body"),
     ],
 )
 async def test_bad_input_is_refused_with_the_field_named(
