@@ -13,8 +13,7 @@ from api.asking import AskingOfRequest
 from api.feed import Feed
 from api.long_response import Exit
 from api.parts import Parts, PartsOfApp, WhileResponding
-from api.problems import RETRY_SECONDS, first_fault
-from api.shaped_route import ShapedRoute
+from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
 from api.wires import ui_messages as codec
@@ -78,16 +77,6 @@ def refusal(status: int, code: str, message: str) -> Response:
     return JSONResponse({"error": message, "code": code}, status, headers)
 
 
-class ChatRoute(ShapedRoute):
-    """A route whose every error says itself in `error`."""
-
-    def refuse(self, status: int, code: str, message: str) -> Response:
-        return refusal(status, code, message)
-
-    def refuse_invalid(self, failure: RequestValidationError) -> Response:
-        return _invalid(failure)
-
-
 def _invalid(failure: RequestValidationError) -> Response:
     fault = first_fault(failure)
     if fault.field is None:
@@ -95,7 +84,8 @@ def _invalid(failure: RequestValidationError) -> Response:
     return refusal(422, "invalid_request", fault.message)
 
 
-router = APIRouter(prefix="/api/chat", route_class=ChatRoute)
+SHAPE = Shape(refusal, _invalid)
+router = APIRouter(prefix="/api/chat")
 
 
 async def _chats(request: Request, parts: PartsOfApp) -> Chats:

@@ -37,6 +37,13 @@ One rule for clients: `started` means, clear what you have.
 Errors are RFC 9457 problems with a stable `code`.
 """
 
+SHAPES = {
+    # Before the rest of /v1: the first that fits counts.
+    "/v1/responses": responses.SHAPE,
+    "/v1/": openai_errors.SHAPE,
+    "/api/": ai_sdk.SHAPE,
+}
+
 
 def _leave_no_half(task: asyncio.Task[None]) -> None:
     """A process without its hub would accept viewers and show them nothing: better none."""
@@ -84,7 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.cors_origins = settings.cors_origins
-    problems.install(app, {"/v1/": openai_errors.refusal, "/api/": ai_sdk.refusal})
+    problems.install(app, SHAPES)
     app.include_router(router)
     app.include_router(chat_completions.router)
     app.include_router(responses.router)

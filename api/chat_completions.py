@@ -13,7 +13,6 @@ from api.long_response import Exit
 from api.openai_errors import (
     RESPONSES,
     STATUSES,
-    OpenAIRoute,
     failure_of,
     refusal,
     unknown_model,
@@ -25,7 +24,7 @@ from api.wires import chat_completions as codec
 from relay.errors import StreamGone
 from relay.events import CANCELLED, to_json
 
-router = APIRouter(prefix="/v1", route_class=OpenAIRoute)
+router = APIRouter(prefix="/v1")
 
 
 class ChatCompletionViewer(HeldViewer):

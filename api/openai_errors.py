@@ -8,8 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from api.feed import Feed
-from api.problems import RETRY_SECONDS, first_fault
-from api.shaped_route import ShapedRoute
+from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
 from api.wires.chat_completions import error
 from relay.events import FAILED
 
@@ -60,27 +59,17 @@ def unknown_model(name: str, ours: str) -> Response:
     return refusal(404, "model_not_found", message, param="model")
 
 
-def failure_of(feed: Feed, *, gone_status: int = 410) -> Response | None:
+def failure_of(feed: Feed, refuse: Refusal = refusal) -> Response | None:
     """What is answered instead of an answer that is gone, has failed or has not ended."""
     if feed.gone is not None:
-        return refusal(gone_status, feed.gone.code, feed.gone.message)
+        return refuse(410, feed.gone.code, feed.gone.message)
     last = feed.events[-1]
     if last.kind == FAILED:
         value = last.value()
-        return refusal(STATUSES.get(value["code"], 502), value["code"], value["message"])
+        return refuse(STATUSES.get(value["code"], 502), value["code"], value["message"])
     if not last.terminal:
-        return refusal(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
+        return refuse(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
     return None
-
-
-class OpenAIRoute(ShapedRoute):
-    """A route whose every error has OpenAI's shape."""
-
-    def refuse(self, status: int, code: str, message: str) -> Response:
-        return refusal(status, code, message)
-
-    def refuse_invalid(self, failure: RequestValidationError) -> Response:
-        return _invalid(failure)
 
 
 def _invalid(failure: RequestValidationError) -> Response:
@@ -89,3 +78,6 @@ def _invalid(failure: RequestValidationError) -> Response:
         return refusal(400, "invalid_json", fault.message)
     code = "unknown_parameter" if fault.unknown else "invalid_value"
     return refusal(400, code, fault.message, param=fault.field)
+
+
+SHAPE = Shape(refusal, _invalid)

@@ -1,6 +1,7 @@
-"""Errors on the native API: RFC 9457 problem+json with a stable `code`."""
+"""Errors: RFC 9457 problem+json with a stable `code`, or the shape that another API gives them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -64,6 +65,14 @@ TITLES = {
 
 
 Refusal = Callable[[int, str, str], Response]
+"""Of status, code and one sentence."""
+
+
+class Shape(NamedTuple):
+    """How an API says what is wrong."""
+
+    refuse: Refusal
+    refuse_invalid: Callable[[RequestValidationError], Response]
 
 
 class Problem(BaseModel):
@@ -95,21 +104,29 @@ def problem(
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
-def status_of(error: RelayError) -> int:
+def _status_of(error: RelayError) -> int:
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
-def answer_to(error: Exception, refuse: Refusal = problem) -> Response:
-    """Whatever has gone wrong, as a problem; a fault of ours in the shape that `refuse` gives."""
+def answer_to(error: Exception, shape: Shape) -> Response:
+    """Whatever has gone wrong, as an API says it."""
     match error:
         case RelayError():
-            return problem(status_of(error), error.code, error.message)
+            return shape.refuse(_status_of(error), error.code, error.message)
         case RedisError():
             logger.warning("redis_away", error=type(error).__name__)
-            return redis_away()
+            return shape.refuse(503, "redis_away", REDIS_AWAY_DETAIL)
+        case RequestValidationError():
+            return shape.refuse_invalid(error)
+        case HTTPException():
+            code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
+            response = shape.refuse(error.status_code, code, detail or str(error.detail))
+            response.headers.update(error.headers or {})
+            return response
         case _:
             logger.error("internal_error", exc_info=error)
-            return refuse(500, "internal", "This is a fault of the server; its log says more.")
+            detail = "This is a fault of the server; its log says more."
+            return shape.refuse(500, "internal", detail)
 
 
 class Fault(NamedTuple):
@@ -169,38 +186,29 @@ def described(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-def install(app: FastAPI, others: Mapping[str, Refusal]) -> None:
-    """Answer every error of the application as a problem; under the path of another API, for which
-    `others` has a function of status, code and detail, in the shape of that one."""
+def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
+    """Answer every error of the application as a problem; under the path of another API, which
+    `others` names by its beginning, in the shape of that one."""
 
-    def shape_of(request: Request) -> Refusal:
+    def shape_of(request: Request) -> Shape:
         path = request.url.path
-        shapes = (shape for prefix, shape in others.items() if path.startswith(prefix))
-        return next(shapes, problem)
+        shapes = (shape for beginning, shape in others.items() if path.startswith(beginning))
+        return next(shapes, None) or native(request.headers.get("content-type", ""))
 
     async def on_error(request: Request, error: Exception) -> Response:
         return answer_to(error, shape_of(request))
 
-    async def on_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)  # noqa: S101
-        return _invalid(error, request.headers.get("content-type", ""))
-
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101
-        code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
-        refuse = shape_of(request)
-        response = refuse(error.status_code, code, detail or str(error.detail))
-        response.headers.update(error.headers or {})
-        return response
-
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
-    for kind in (RelayError, RedisError, Exception):
+    for kind in (RelayError, RedisError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_http_error)
 
 
-def _invalid(error: RequestValidationError, content_type: str) -> Response:
+def native(content_type: str = "") -> Shape:
+    """The shape of our own API, for a request whose body is announced so."""
+    return Shape(problem, partial(_invalid, content_type))
+
+
+def _invalid(content_type: str, error: RequestValidationError) -> Response:
     details = error.errors()[:ERRORS_TOLD]
     if details[0]["loc"] == ("body",) and "json" not in content_type:
         return problem(415, "not_json", "Send the body with content-type: application/json.")

@@ -4,7 +4,7 @@ A response is a stream, and its id that of the stream after `resp_`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,10 +12,11 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from api import openai_errors
 from api.asking import AskingOfRequest
 from api.feed import Feed
 from api.long_response import Exit
-from api.openai_errors import RESPONSES, OpenAIRoute, failure_of, unknown_model
+from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
 from api.viewer import Viewer
@@ -95,22 +96,13 @@ class ResponseViewer(Viewer):
         return b""
 
 
-class ResponsesRoute(OpenAIRoute):
+def _refusal(status: int, code: str, message: str) -> Response:
     """To OpenAI's SDKs what is gone is `NotFoundError`, as what never was, and 410 is nothing."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_miss(request: Request) -> Response:
-            response = await handle(request)
-            if response.status_code == 410:
-                response.status_code = 404
-            return response
-
-        return handle_or_miss
+    return refusal(404 if status == 410 else status, code, message)
 
 
-router = APIRouter(prefix="/v1/responses", route_class=ResponsesRoute)
+SHAPE = openai_errors.SHAPE._replace(refuse=_refusal)
+router = APIRouter(prefix="/v1/responses")
 
 
 async def _stream_id(
@@ -213,7 +205,7 @@ async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
 
 def _ended(born: codec.Born, feed: Feed) -> Response:
     """The response when it has ended; one that failed is an error by its status."""
-    if failure := failure_of(feed, gone_status=404):
+    if failure := failure_of(feed, _refusal):
         return failure
     return Response(to_json(codec.fold(born, feed.events)), media_type="application/json")
 

@@ -17,7 +17,7 @@ from api.asking import LONGEST_KEY, Asking
 from api.chat_request import ChatRequest
 from api.hub import Watching
 from api.parts import Parts
-from api.problems import answer_to
+from api.problems import answer_to, native
 from relay.ids import is_stream_id
 from relay.logs import get_logger
 from relay.turnstile import Turnstile
@@ -70,7 +70,7 @@ async def _answer(route: Route, scope: Scope, watching: Watching) -> Response:
     try:
         return await route(_parts(scope), watching)
     except Exception as error:  # noqa: BLE001 - as FastAPI's stack does, last of all
-        return answer_to(error)
+        return answer_to(error, native())
 
 
 def _watch(stream_id: str, scope: Scope) -> Route | None:
