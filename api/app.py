@@ -45,7 +45,7 @@ SHAPES = {
 }
 
 
-def _leave_no_half(task: asyncio.Task[None]) -> None:
+def _end_with_part(task: asyncio.Task[None]) -> None:
     """A process without its hub would accept viewers and show them nothing: better none."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.critical("part_died", exc_info=error)
@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.parts = Parts(settings, log, hub, presence, webhooks, model)
         running = [asyncio.create_task(part.run()) for part in (hub, presence)]
         for task in running:
-            task.add_done_callback(_leave_no_half)
+            task.add_done_callback(_end_with_part)
         try:
             yield
         finally:

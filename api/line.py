@@ -61,7 +61,7 @@ class Line:
             tell()
 
     def lose(self) -> None:
-        """For the server to say so."""
+        """Called by the server when the connection is gone."""
         if self._tell_lost is not None:
             self._tell_lost()
 

@@ -20,7 +20,9 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 RETRY_MS = 1000
+"""After which a viewer whose connection is lost comes back."""
 COME_BACK_MS = (500, 3000)
+"""Between which one does that is sent away, or that comes while nothing can be read."""
 
 
 class BrokenOff(Exception):

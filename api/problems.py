@@ -76,7 +76,7 @@ class Shape(NamedTuple):
 
 
 class Problem(BaseModel):
-    """The body of every error."""
+    """The body of every error of the native API."""
 
     type: str = Field(examples=["urn:chat-relay:problem:stream_gone"])
     title: str = Field(examples=["The stream is gone"])

@@ -132,7 +132,7 @@ class NotNow(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         body = native.comment(REDIS_AWAY) + come_back()
-        # Without its end, so that nobody takes it for one.
+        # Left unended: a proper end would pass for the stream's.
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
