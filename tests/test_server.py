@@ -456,6 +456,30 @@ async def test_whom_a_draining_process_refuses_is_told_when_to_ask_again(
     assert b'"code":"draining"' in said
 
 
+async def test_who_waits_for_a_whole_answer_is_sent_away_by_a_process_that_drains(
+    settings: Settings,
+) -> None:
+    async with serving(settings) as served:
+        body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}]})
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        app: Any = served.server.config.app
+        async with connected(served.port) as (reader, writer), asyncio.timeout(10):
+            writer.write((head + body).encode())
+            await until(lambda: watched(served))
+            app.state.parts.hub.drain()
+            said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"\r\nx-stream-id: " in said
+    assert b'"code":"draining"' in said
+
+
+async def watched(served: Served) -> bool:
+    return not await nobody_watches(served)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_second_signal_ends_at_once(
     redis: Redis, redis_server: RedisServer, number: signal.Signals
