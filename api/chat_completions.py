@@ -57,8 +57,16 @@ class WithUsage(ChatCompletionViewer):
 @router.get("/models", summary="List the model")
 async def models(parts: PartsOfApp) -> dict[str, Any]:
     """The one that this server answers with."""
-    model = {"id": parts.model, "object": "model", "created": 0, "owned_by": "chat-relay"}
-    return {"object": "list", "data": [model]}
+    return {"object": "list", "data": [_model(parts.model)]}
+
+
+@router.get("/models/{name:path}", summary="Is this the model?", responses={404: RESPONSES[404]})
+async def model(name: str, parts: PartsOfApp) -> Any:
+    return _model(name) if name == parts.model else unknown_model(name, parts.model)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "chat-relay"}
 
 
 @router.post(

@@ -283,11 +283,13 @@ async def erase(stream_id: StreamId, parts: PartsOfApp) -> Response:
     return Response(status_code=204)
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Can it serve?", responses=responses(503))
 async def readyz(parts: PartsOfApp, request: Request) -> Response:
     """503 while Redis does not answer and from the moment that this process shuts down."""

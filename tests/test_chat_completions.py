@@ -232,6 +232,9 @@ async def test_a_takeover_is_never_spliced_into_a_stream_and_goes_unnoticed_by_w
 
 async def test_the_model_is_listed_and_any_other_refused(sdk: AsyncOpenAI) -> None:
     assert [model.id async for model in sdk.models.list()] == [MODEL]
+    assert (await sdk.models.retrieve(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="no model 'another/one' here"):
+        await sdk.models.retrieve("another/one")
     with pytest.raises(openai.NotFoundError) as raised:
         await sdk.chat.completions.create(model="gpt-99", messages=question())
     assert (raised.value.code, raised.value.param) == ("model_not_found", "model")

@@ -308,8 +308,9 @@ def text_in(response: httpx2.Response) -> list[str]:
 
 
 async def test_health_and_readiness(api: httpx2.AsyncClient) -> None:
-    assert (await api.get("/healthz")).json() == {"status": "ok"}
-    assert (await api.get("/readyz")).json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz"):
+        assert (await api.get(path)).json() == {"status": "ok"}
+        assert (await api.head(path)).status_code == 200
 
 
 async def test_other_origins_are_let_in_only_where_they_are_named(settings: Settings) -> None:
@@ -333,6 +334,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/streams/events",
         "/v1/chat/completions",
         "/v1/models",
+        "/v1/models/{name}",
         "/v1/responses",
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
