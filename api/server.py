@@ -100,6 +100,10 @@ class Connection(HttpToolsProtocol):
         extensions: Any = {EXTENSION: Line(self.transport, self.flow)}
         self.scope["extensions"] = extensions
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # Else it is a trailer: nobody reads it, and there is no end to them.
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
         self._expect_within(BODY_SECONDS)

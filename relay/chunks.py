@@ -163,7 +163,7 @@ class Compactor:
         self.usage = rest.get("usage") or self.usage
         for choice in rest.get("choices") or ():
             index, reason = choice.get("index", 0), choice.get("finish_reason")
-            if reason is None:
+            if not reason:
                 if choice.get("delta"):
                     self._open_choices.add(index)
                 continue

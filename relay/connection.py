@@ -16,6 +16,7 @@ from redis.asyncio.connection import (
 )
 from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from relay.pipe import Pipe
@@ -146,6 +147,14 @@ class Lean(AbstractConnection):
     def error(self, text: str) -> Exception:
         meant: Exception = self._parser.parse_error(text)  # type: ignore[no-untyped-call]
         return meant
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except ReadOnlyError:
+            # It is the master no more; a new connection leads to the one that is.
+            await self.disconnect(nowait=True)
+            raise
 
     async def send_packed_command(
         self, command: bytes | str | Iterable[bytes], check_health: bool = True

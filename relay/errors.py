@@ -78,3 +78,9 @@ class Garbled(UpstreamError):
     def __init__(self) -> None:
         message = "The model service sent what is no answer: ask again."
         super().__init__("upstream_garbled", message, retryable=True)
+
+
+class Incomplete(UpstreamError):
+    def __init__(self) -> None:
+        message = "The model service ended the answer without finishing it: ask again."
+        super().__init__("upstream_incomplete", message, retryable=True)

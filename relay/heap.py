@@ -11,9 +11,9 @@ def spare_the_collector() -> None:
     """Call it when all is imported and made. What stands then stays to the end, a hundred thousand
     objects: to look through them again takes a tenth of a second, in which no chunk moves.
 
-    So does what many streams under way hold. But hardly anything here is a cycle, which alone needs
-    a collector: of 1,800 answers it found two objects. So it looks at everything only when some ten
-    million have come that did not go."""
+    So does what many streams under way hold. But only cycles need a collector, and no question or
+    answer is in one, however it ends (tests/test_generation.py). So it looks at everything only
+    when some ten million objects have come that did not go."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, ROUNDS, ALL)

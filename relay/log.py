@@ -57,6 +57,11 @@ class Batch(NamedTuple):
         return len(self.entries) // 2
 
     @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return sum(map(len, self.entries[1::2]))
+
+    @property
     def ends(self) -> bool:
         return self.entries[-2] in TERMINAL
 

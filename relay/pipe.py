@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import hiredis
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.typing import EncodableT
 
@@ -104,6 +104,8 @@ class Pipe(Replies):
 
     def take(self, reply: Any) -> None:
         answer, _ = self._calls.popleft()
+        if isinstance(reply, ReadOnlyError):
+            self.close()  # It is the master no more; a new connection leads to the one that is.
         if answer.done():
             return  # Nobody waits for it any more.
         if isinstance(reply, Exception):

@@ -340,6 +340,7 @@ def second(reason: str | None = None, **delta: Any) -> Chunk:
         ([ROLE, said("a"), USAGE], False, None),
         ([ROLE, said("a"), STOP], True, "stop"),
         ([STOP], True, "stop"),
+        ([said("a"), chunk(choice(reason=""))], False, None),
         ([said("a"), STOP, USAGE], True, "stop"),
         ([said("a"), STOP, LATE_FILTER], True, "stop"),
         ([said("a"), STOP, chunk(choice(reason="content_filter"))], True, "content_filter"),

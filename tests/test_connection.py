@@ -1,12 +1,13 @@
 import asyncio
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
@@ -14,6 +15,7 @@ from relay import keys
 from relay.connection import connect, open_connection, script
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
+from tests.redis_process import running_redis
 
 SCRIPTS = [
     file.name.removesuffix(".lua")
@@ -67,6 +69,39 @@ async def test_of_many_calls_at_once_each_has_its_own_answer(
         texts = [str(number) for number in range(500)]
         answers = await asyncio.gather(*(redis.echo(text) for text in texts))
         assert [answer.decode() for answer in answers] == texts
+
+
+async def test_a_redis_that_is_the_master_no_more_is_looked_for_anew(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with (
+        running_redis(redis_server.argv[0], tmp_path) as server,
+        connect(server.url) as redis,
+    ):
+        await redis.set("a", 1)
+        before = redis._pipe  # type: ignore[attr-defined]
+        await redis.replicaof("127.0.0.1", 1)
+        with pytest.raises(ReadOnlyError):
+            await redis.set("a", 2)
+        assert before.closed
+        with pytest.raises(RedisError):
+            await written(redis)
+        assert not any(each.is_connected for each in idle(redis))
+        await redis.replicaof("NO", "ONE")
+        await redis.set("a", 3)
+        assert await written(redis) == [True]
+
+
+async def written(redis: Redis) -> list[Any]:
+    async with redis.pipeline() as pipe:
+        pipe.set("a", 2)
+        answers: list[Any] = await pipe.execute()
+        return answers
+
+
+def idle(redis: Redis) -> list[Any]:
+    pool: Any = redis.connection_pool
+    return [each for each in pool._available_connections if each is not None]
 
 
 async def test_a_caller_that_is_cancelled_disturbs_no_other(redis: Redis) -> None:

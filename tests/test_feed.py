@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Encode, Feed
+from api.line import Line
 from relay.errors import StreamGone
 from relay.events import COMPLETED, FAILED, QUEUED, STARTED, TEXT, Cursor, Event
 
@@ -123,6 +124,37 @@ def test_each_event_is_encoded_once_per_wire() -> None:
     feed.add([event("1-2")])
     assert feed.frames(wire, 3) == [b'"x"']
     assert len(encoded) == 4
+
+
+class Written(Line):
+    """A line that keeps what is written to it."""
+
+    full = False
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+
+    def write(self, chunk: bytes) -> None:
+        self.chunks.append(chunk)
+
+
+async def test_an_encoder_that_fails_takes_nothing_from_the_riders_of_other_wires() -> None:
+    def broken() -> Encode:
+        return lambda event: 1 // (len(event.data) - 3) * b""
+
+    feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
+    line = Written()
+    let_off = asyncio.create_task(feed.ride(broken, Written(), b"", 60, unless=over))
+    rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, unless=over))
+    await asyncio.sleep(0)
+    feed.add([event("1-1")])
+    await asyncio.wait([let_off], timeout=2)
+    assert let_off.result() == 2, "it has not seen the chunk"
+    feed.add([event("1-2")])
+    await asyncio.sleep(0)
+    over.set_result(None)
+    assert await rides_on == 4
+    assert line.chunks == [b'3\r\n"x"\r\n'] * 2
 
 
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:

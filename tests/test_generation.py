@@ -3,11 +3,13 @@ import gc
 import hashlib
 import io
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import httpx2
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -43,9 +45,11 @@ class NotedLog(Log):
         super().__init__(redis, **limits)
         self._grown = asyncio.Condition()
         self.failed = asyncio.Event()
+        self.batches: list[Batch] = []
 
     async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         self.calls += 1
+        self.batches += batches
         if self.fail:
             self.fail -= 1
             self.failed.set()
@@ -321,6 +325,74 @@ async def test_many_chunks_cost_few_appends(
 
 
 # Cancelled
+
+
+async def test_a_call_holds_so_many_bytes_or_one_entry(
+    log: NotedLog, claims: Claims, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.appender.BYTES_AT_ONCE", 400)
+    claim = await claimed(log, claims, chunks=60, pad=100)
+    await run(generation(claim, log, upstream))
+    assert_dense(await log.read(claim.stream_id))
+    assert all(batch.length == 1 or batch.size <= 400 for batch in log.batches)
+    assert any(batch.length > 1 for batch in log.batches)
+
+
+@pytest.mark.parametrize(
+    ("script", "act"),
+    [
+        ({}, None),
+        ({"status": 401}, None),
+        ({"status": 500}, None),
+        ({"end": "error", "after": 2}, None),
+        ({"end": "reset", "after": 2}, None),
+        ({"end": "garbage", "after": 2}, None),
+        ({"end": "hang"}, None),
+        ({"end": "stall", "after": 2}, None),
+        ({"end": "stall", "after": 2}, Generation.cancel),
+        ({"end": "stall", "after": 2}, Generation.lose),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+async def test_question_and_answer_go_without_a_collector_however_it_ends(
+    script: dict[str, Any],
+    act: Callable[[Generation], None] | None,
+    log: NotedLog,
+    claims: Claims,
+    settings: Settings,
+) -> None:
+    appender = Appender(log)
+    claim, next_one = [await claimed(log, claims, chunks=4, **each) for each in (script, {})]
+    impatient = changed(settings, stall_seconds=0.2, first_chunk_seconds=0.3, upstream_tries=2)
+    async with opened(impatient) as upstream:
+        gc.collect()
+        gc.disable()
+        before = living()
+        try:
+            await made(Generation(claim, appender, upstream, answer_seconds=10), log, act)
+            # The appender lets go of one with the call of the next.
+            await made(Generation(next_one, appender, upstream, answer_seconds=10), log, None)
+            await asyncio.sleep(0)
+            left = living() - before
+        finally:
+            gc.enable()
+    assert left == Counter({Generation: 1}), "the next one alone"
+
+
+def living() -> Counter[type]:
+    """What there is of that which holds a question or an answer."""
+    kinds = {Generation, httpx2.Request, httpx2.Response}
+    return Counter(type(each) for each in gc.get_objects() if type(each) in kinds)
+
+
+async def made(
+    generation: Generation, log: NotedLog, act: Callable[[Generation], None] | None
+) -> None:
+    running = asyncio.create_task(run(generation))
+    if act is not None:
+        await log.reaches(3)
+        act(generation)
+    await running
 
 
 async def test_a_cancel_between_claim_and_start_is_not_lost(

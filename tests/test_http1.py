@@ -242,6 +242,67 @@ async def test_a_connection_is_not_used_again(answer: Callable[..., Awaitable[No
         assert server.connections == 2
 
 
+async def test_a_connection_that_still_has_a_request_to_send_is_not_used_again() -> None:
+    async def refuse(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n")
+        await server.left.wait()
+
+    async with serving(refuse) as server, client(server) as http, asyncio.timeout(5):
+        for _ in range(2):
+            assert (await http.post("/", content=b"x" * 16_000_000)).status_code == 401
+        assert server.connections == 2
+        server.left.set()
+
+
+async def test_of_many_idle_connections_those_that_nobody_needs_are_closed() -> None:
+    answer = answering(OK + b"content-length: 2\r\n\r\nok")
+    async with serving(answer) as server, client(server, idle_seconds=0.2) as http:
+        await asyncio.gather(*(http.post("/") for _ in range(5)))
+        assert isinstance(http._transport, Http1)
+        [idle] = http._transport._idle.values()
+        assert len(idle) == 5
+
+        async def one_is_left() -> bool:
+            await http.post("/")
+            return len(idle) == 1
+
+        await until(one_is_left)
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n"], ids=["one without an end", "many"])
+async def test_headers_without_end_are_an_error(end: bytes) -> None:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(OK)
+        while True:
+            writer.write(b"x: " + b"y" * 1000 + end)
+            await writer.drain()
+
+    async with serving(answer) as server, client(server) as http, asyncio.timeout(5):
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/")
+
+
+async def test_trailers_are_passed_over() -> None:
+    pieces = [CHUNKED, b"2\r\nok\r\n0\r\n", b"x: y\r\n" * 20_000, b"\r\n"]
+    async with serving(answering(*pieces)) as server, client(server) as http:
+        response = await http.post("/")
+        assert response.text == "ok"
+        assert len(response.headers) == 1
+
+
+async def test_a_redirect_to_another_protocol_is_an_error() -> None:
+    away = b"HTTP/1.1 307 Away\r\nlocation: ftp://host/\r\ncontent-length: 0\r\n\r\n"
+    async with serving(answering(away)) as server, client(server) as http:
+        with pytest.raises(httpx2.UnsupportedProtocol):
+            await http.post("/", follow_redirects=True)
+
+
 async def test_an_idle_connection_is_kept_only_so_long() -> None:
     async with (
         serving(answering(OK + b"content-length: 2\r\n\r\nok")) as server,

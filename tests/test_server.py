@@ -116,6 +116,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api.server, "BODY_SECONDS", 0.3)
 
 
+async def test_trailers_of_a_request_are_not_kept(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers: list[list[tuple[bytes, bytes]]] = []
+
+    def on_message_complete(self: Connection) -> None:
+        headers.append(list(self.scope["headers"]))
+        complete(self)
+
+    complete = Connection.on_message_complete
+    monkeypatch.setattr(Connection, "on_message_complete", on_message_complete)
+    head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with serving(settings) as server, connected(server.port) as (reader, writer):
+        writer.write(head + b"0\r\n" + b"x: y\r\n" * 1000 + b"\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+    assert headers == [[(b"host", b"x"), (b"transfer-encoding", b"chunked")]]
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "half",

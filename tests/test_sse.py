@@ -55,6 +55,7 @@ def decoded(pieces: list[bytes]) -> list[bytes]:
         (b"datum: a\n\n", []),
         (b"\n\n\ndata: a\n\n\n\n", [b"a"]),
         (b"data: a\r\n\r\ndata: b\r\r", [b"a", b"b"]),
+        (b"data: a\r\n\ndata: b\n\n", [b"a", b"b"]),
         (b"data: a\n\ndata: without its end\n", [b"a"]),
     ],
 )

@@ -18,6 +18,7 @@ from relay.errors import ConfigurationError, UpstreamError
 from relay.events import first_choice_text
 from relay.settings import Settings
 from tests.conftest import asking
+from tests.test_http1 import CHUNKED, Server, serving
 from worker.upstream import Upstream
 
 SECRET = "the secret of the vendor"
@@ -397,6 +398,49 @@ async def test_nobody_listening_is_unreachable() -> None:
     async with azure(url, upstream_tries=2) as upstream:
         _, error = await failure_of(upstream)
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+SAID = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+HEAD = CHUNKED.replace(b"\r\n\r\n", b"\r\ncontent-type: Text/Event-Stream\r\n\r\n")
+
+
+def body(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@asynccontextmanager
+async def saying(*answers: list[bytes]) -> AsyncIterator[tuple[Server, Upstream]]:
+    """An upstream that gives one answer after the other, in these pieces, and then says nothing."""
+    rest = list(answers)
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while True:
+            await server.request(reader)
+            for piece in rest.pop(0):
+                writer.write(piece)
+
+    async with (
+        serving(answer) as server,
+        azure(f"http://127.0.0.1:{server.port}", upstream_tries=2) as upstream,
+    ):
+        yield server, upstream
+
+
+async def test_an_answer_is_over_with_its_done_though_its_body_does_not_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.upstream.END_SECONDS", 0.01)
+    async with saying([HEAD, body(SAID), body(b"data: [DONE]\n\n")]) as (_, upstream):
+        assert text_of(await asked(upstream, asking())) == "a"
+
+
+async def test_an_answer_without_any_chunk_is_asked_for_again() -> None:
+    end = b"0\r\n\r\n"
+    async with saying([HEAD, end], [HEAD, body(SAID), end]) as (server, upstream):
+        assert text_of(await asked(upstream, asking())) == "a"
+        assert len(server.asked) == 2
 
 
 async def test_silence_before_the_first_chunk_fails_the_try(

@@ -13,7 +13,9 @@ from relay.logs import get_logger
 logger = get_logger("appender")
 
 ENTRIES_AT_ONCE = 1000
-"""Of one call: while it appends, Redis does nothing else."""
+BYTES_AT_ONCE = 256 * 1024
+"""Of one call: while it appends, Redis does nothing else, and a call that takes longer than a
+client waits for it would be sent again for ever. One entry may be more."""
 APART_SECONDS = 0.001
 """From the beginning of a call to that of the next, at least, unless it is the same ones again.
 With a hundred streams that is a third fewer calls for half a millisecond of delay; whoever is alone
@@ -24,9 +26,9 @@ REDIS_RETRY_SECONDS = 0.2
 class Writer(Protocol):
     """One attempt at an answer, which has something to append."""
 
-    def batch(self, limit: int) -> Batch | None:
-        """What lines up from where its log ends, at most `limit` entries; None if it may no longer
-        write, or if all stands."""
+    def batch(self, limit: int, room: int) -> Batch | None:
+        """What lines up from where its log ends, at most `limit` entries and, unless the first one
+        alone is more, `room` bytes; None if it may no longer write, or if all stands."""
 
     def settle(self, outcome: Appended | StreamLost) -> None:
         """What became of it; whoever has more then lines up anew."""
@@ -64,13 +66,14 @@ class Appender:
                 await self._call()
 
     def _take(self) -> None:
-        self._taken, room = {}, ENTRIES_AT_ONCE
-        while self._waiting and room > 0:
+        self._taken, limit, room = {}, ENTRIES_AT_ONCE, BYTES_AT_ONCE
+        while self._waiting and limit > 0 and room > 0:
             writer = next(iter(self._waiting))
             del self._waiting[writer]
-            if (batch := writer.batch(room)) is not None:
+            if (batch := writer.batch(limit, room)) is not None:
                 self._taken[writer] = batch
-                room -= batch.length
+                limit -= batch.length
+                room -= batch.size
 
     async def _call(self) -> None:
         try:

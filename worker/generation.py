@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 from relay.chunks import Compactor
 from relay.claim import Claim
-from relay.errors import RelayError, StreamLost, UpstreamError
+from relay.errors import Incomplete, RelayError, StreamLost
 from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
 from relay.log import Appended, Batch
 from relay.logs import get_logger
@@ -60,6 +62,7 @@ class Generation:
             self._reader.cancel()
             # Until the reader has ended, the upstream's socket may be open.
             await asyncio.wait([self._reader])
+            self._reader = None
 
     def cancel(self) -> None:
         """Close the upstream and end the stream as cancelled."""
@@ -79,11 +82,7 @@ class Generation:
         async with asyncio.timeout(self._answer_seconds):
             await self._upstream.stream(request, self._take, logger.bind(**self._names))
         if not self._compactor.complete:
-            raise UpstreamError(
-                "upstream_incomplete",
-                "The model service ended the answer without finishing it: ask again.",
-                retryable=True,
-            )
+            raise Incomplete
 
     def _take(self, chunks: list[bytes]) -> None:
         for chunk in chunks:
@@ -124,11 +123,14 @@ class Generation:
 
     # As the appender sees it.
 
-    def batch(self, limit: int) -> Batch | None:
+    def batch(self, limit: int, room: int) -> Batch | None:
         standing, claim = self._standing, self._claim
         entries = self._entries[2 * standing : 2 * (standing + limit)]
         if self._lost or not entries:
             return None
+        if len(entries) > 2:
+            sizes = list(accumulate(map(len, entries[1::2])))
+            del entries[2 * max(1, bisect_right(sizes, room)) :]
         return Batch(claim.stream_id, claim.attempt, claim.owner, standing, entries)
 
     def settle(self, outcome: Appended | StreamLost) -> None:

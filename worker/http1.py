@@ -17,6 +17,8 @@ Origin = tuple[str, str, int]
 """Scheme, host, port."""
 _PORTS = {"http": 80, "https": 443}
 _POUR = "pour"
+_HEAD_BYTES = 64 * 1024
+"""Of an answer, until its last header is there; with more it fails."""
 
 
 async def pour(response: httpx2.Response, into: Callable[[bytes], None]) -> None:
@@ -42,6 +44,8 @@ class Http1(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
+        if url.scheme not in _PORTS:
+            raise httpx2.UnsupportedProtocol(f"it goes to {url.scheme}")  # By a redirect.
         origin = (url.scheme, url.host, url.port or _PORTS[url.scheme])
         connection = self._of_idle(origin) or await self._connect(origin)
         exchange = connection.ask(_head(request) + await request.aread())
@@ -66,6 +70,9 @@ class Http1(httpx2.AsyncBaseTransport):
 
     def _of_idle(self, origin: Origin) -> "_Connection | None":
         connections = self._idle[origin]
+        # The one that came last is taken, so after a rush the first ones would stay for ever.
+        while connections and not connections[0].usable(self._idle_seconds):
+            connections.pop(0).close()
         while connections:
             connection = connections.pop()
             if connection.usable(self._idle_seconds):
@@ -97,7 +104,7 @@ class _Exchange(httpx2.AsyncByteStream):
 
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
-        self._came = b""
+        self._came: list[bytes] = []
         self._into: Callable[[bytes], None] | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -112,9 +119,8 @@ class _Exchange(httpx2.AsyncByteStream):
             await self._more()
 
     async def pour(self, into: Callable[[bytes], None]) -> None:
-        came, self._came = self._came, b""
-        if came:
-            into(came)
+        if self._came:
+            into(self._taken())
         self._into = into
         while not self.ended:
             await self._more()
@@ -127,8 +133,11 @@ class _Exchange(httpx2.AsyncByteStream):
             if self.ended:
                 raise StopAsyncIteration
             await self._more()
-        came, self._came = self._came, b""
-        return came
+        return self._taken()
+
+    def _taken(self) -> bytes:
+        came, self._came = self._came, []
+        return b"".join(came)
 
     async def aclose(self) -> None:
         self._into = None
@@ -151,7 +160,7 @@ class _Exchange(httpx2.AsyncByteStream):
         if self._error is not None:
             return
         if self._into is None:
-            self._came += data
+            self._came.append(data)
             self._wake()
             return
         try:
@@ -186,10 +195,12 @@ class _Connection(asyncio.Protocol):
         self._exchange: _Exchange | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._ends_by_length = False
+        self._head_bytes = 0
 
     def ask(self, request: bytes) -> _Exchange:
         exchange = self._exchange = _Exchange(self)
         self._ends_by_length = False
+        self._head_bytes = 0
         if self._transport.is_closing():
             exchange.fail(httpx2.RemoteProtocolError("the connection ended before a request"))
         else:
@@ -218,8 +229,14 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.close()
             exchange.fail(httpx2.RemoteProtocolError(str(error)))
+        if not exchange.begun:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self.close()
+                exchange.fail(httpx2.RemoteProtocolError("the headers are too long"))
 
     def connection_lost(self, error: Exception | None) -> None:
+        del self._parser  # It holds this connection, too.
         if self in self._idle:
             self._idle.remove(self)
         if (exchange := self._exchange) is None:
@@ -233,6 +250,8 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         assert self._exchange is not None  # noqa: S101
+        if self._exchange.begun:
+            return  # A trailer, which nobody reads.
         self._exchange.headers.append((name, value))
         if name.lower() in {b"content-length", b"transfer-encoding"}:
             self._ends_by_length = True
@@ -256,7 +275,8 @@ class _Connection(asyncio.Protocol):
             return
         exchange.end()
         self._exchange = None
-        if self._parser.should_keep_alive():
+        # Half a request may still wait to be sent: another one behind it would never be answered.
+        if self._parser.should_keep_alive() and not self._transport.get_write_buffer_size():
             self._idle_since = self._loop.time()
             self._idle.append(self)
         else:

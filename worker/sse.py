@@ -11,23 +11,30 @@ class Decoder:
     has no blank line behind it never was an event."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         self._after_cr = False
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises Garbled for an event that is too long."""
+        if not piece:
+            return []
         if b"\r" in piece or self._after_cr:
             piece = self._with_lf(piece)
-        *events, self._rest = (self._rest + piece).split(b"\n\n")
-        if len(self._rest) > MOST_BYTES:
-            raise Garbled
+        self._rest += piece
+        if b"\n\n" not in self._rest[-len(piece) - 1 :]:
+            # Not looked through again with each piece: of one long event there are many.
+            if len(self._rest) > MOST_BYTES:
+                raise Garbled
+            return []
+        *events, rest = bytes(self._rest).split(b"\n\n")
+        self._rest = bytearray(rest)
         return [data for event in events if (data := _data(event))]
 
     def _with_lf(self, piece: bytes) -> bytes:
         """A CR ends its line at once; the LF that may belong to it can come much later."""
         if self._after_cr:
             piece = piece.removeprefix(b"\n")
-        self._after_cr = piece.endswith(b"\r") if piece else self._after_cr
+        self._after_cr = piece.endswith(b"\r")
         return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ import openai
 from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAsyncHttpxClient
 
 from relay.chunks import parse
-from relay.errors import ConfigurationError, Garbled, UpstreamError
+from relay.errors import ConfigurationError, Garbled, Incomplete, UpstreamError
 from relay.events import join_text
 from relay.logs import Logger, get_logger
 from relay.settings import Settings, UpstreamSettings
@@ -28,6 +29,8 @@ logger = get_logger("upstream")
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 30.0
 """How long a connection to the upstream is kept for the next answer."""
+END_SECONDS = 1.0
+"""From [DONE] to the end of the body, at most."""
 MEDIA_TYPE = "text/event-stream"
 DONE = b"[DONE]"
 
@@ -74,12 +77,13 @@ class Upstream:
                 await self._ask(body, answer)
                 return
             except _FAILURES as cause:
-                error = _translated(cause)
+                _forget_frames(cause)
                 last = number == self._settings.upstream_tries
-                if answer.begun or not error.retryable or last:
-                    raise error from None
+                if answer.begun or last or not _translated(cause).retryable:
+                    raise _translated(cause) from None
+                code = _translated(cause).code
                 seconds = delay_before(number + 1, _headers(cause), random.random())  # noqa: S311
-            log.warning("upstream_retry", code=error.code, number=number, seconds=seconds)
+            log.warning("upstream_retry", code=code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: dict[str, Any], answer: "_Answer") -> None:
@@ -92,31 +96,39 @@ class Upstream:
                 body=body,
                 cast_to=object,
                 stream=True,
-                stream_cls=AsyncStream[object],
+                stream_cls=_Response,
             )
         async with stream:
-            if not stream.response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+            media_type = stream.response.headers.get("content-type", "").lower()
+            if not media_type.startswith(MEDIA_TYPE):
                 raise Garbled
-            # Past [DONE], to the end of the body: so the connection can be used again.
             pouring = asyncio.create_task(pour(stream.response, answer.feed))
             try:
                 await self._until_ended(pouring, answer)
             finally:
                 pouring.cancel()
                 await asyncio.gather(pouring, return_exceptions=True)
+        if not answer.begun:
+            raise Incomplete
 
     async def _until_ended(self, pouring: asyncio.Task[None], answer: "_Answer") -> None:
         """Return at the end of the answer; raises TimeoutError if it has fallen silent. To look
         when that could be costs less than to set a timer with each chunk."""
         loop, stall = asyncio.get_running_loop(), self._settings.stall_seconds
-        while not pouring.done():
+        while not (pouring.done() or answer.done.done()):
             patience = stall if answer.begun else self._settings.first_chunk_seconds
             left = answer.heard + patience - loop.time()
             if left <= 0:
                 raise TimeoutError
             # No longer than a stall, for the first chunk may come in between.
-            await asyncio.wait({pouring}, timeout=min(left, stall))
-        pouring.result()
+            await asyncio.wait(
+                {pouring, answer.done}, timeout=min(left, stall), return_when=FIRST_COMPLETED
+            )
+        if answer.done.done():
+            # All is said. With the end of the body the connection can be used again.
+            await asyncio.wait({pouring}, timeout=END_SECONDS)
+        else:
+            pouring.result()
 
     def _body(self, request: dict[str, Any]) -> dict[str, Any]:
         """The caller's fields, the server's defaults where it left them out, and what is asked of,
@@ -134,6 +146,14 @@ class Upstream:
         return body | ours
 
 
+class _Response(AsyncStream[object]):
+    """The response alone. The SDK's own stream has a generator that has the stream: a cycle, which
+    would keep the request until a collector came."""
+
+    def __init__(self, *, response: httpx2.Response, **_: Any) -> None:
+        self.response = response
+
+
 class _Answer:
     """What has come of one try."""
 
@@ -144,11 +164,17 @@ class _Answer:
         self.begun = False
         self.heard = self._loop.time()
         """When the last chunk came; until there is one, when it was asked for."""
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        """[DONE] came."""
 
     def feed(self, piece: bytes) -> None:
-        chunks = [data for data in self._decoder.feed(piece) if data != DONE]
-        if not chunks:
-            return
+        said = self._decoder.feed(piece)
+        if chunks := [data for data in said if data != DONE]:
+            self._feed(chunks)
+        if len(chunks) < len(said) and not self.done.done():
+            self.done.set_result(None)
+
+    def _feed(self, chunks: list[bytes]) -> None:
         if not self.begun:
             parse(chunks[0])  # An error in its place is asked again.
             self.begun = True
@@ -219,6 +245,14 @@ _FAILURES = (
     TimeoutError,
     UpstreamError,
 )
+
+
+def _forget_frames(cause: BaseException | None) -> None:
+    """They hold the task that holds the error, and with it question and answer: a cycle, which
+    would stay until a collector looks at everything (relay/heap.py)."""
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
 
 
 def _translated(cause: Exception) -> UpstreamError:
