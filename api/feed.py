@@ -143,9 +143,8 @@ class Feed:
             if riders:
                 try:
                     frames = self.frames(wire, start)
-                except Exception:  # noqa: BLE001 - each of them meets it by itself, and no other wire
-                    riders.all_get_off()
-                    continue
+                except Exception:  # noqa: BLE001 - theirs alone: each meets it in its own response
+                    frames = []
                 if start + len(frames) == len(self.events):
                     riders.carry(b"".join(frames), len(self.events))
                 else:

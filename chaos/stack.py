@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from asyncio.subprocess import DEVNULL, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from chaos.proxy import Proxy
-from cli.processes import end_with_parent, free_port, module, module_env
+from cli.processes import free_port, module, module_env, spawn
 from cli.redis_server import OPTIONS, find_redis_server
 from relay.connection import connect
 from relay.errors import ConfigurationError
@@ -76,8 +76,15 @@ class Child:
                 await self._wanted.wait()
                 with self.output.open("ab") as output:
                     self._said_before = output.tell()
-                    self.process = await _spawn(
-                        self._argv, self._folder, self._env, output.fileno()
+                    self.process = await spawn(
+                        self._argv,
+                        self._env,
+                        stdout=output.fileno(),
+                        stderr=output.fileno(),
+                        # Where no `.env` is.
+                        cwd=self._folder,
+                        # Which ends a stopped process, too.
+                        ended_by=signal.SIGKILL,
                     )
                 code = await self.process.wait()
                 if self.process is not self._meant_to_end:
@@ -304,18 +311,3 @@ async def _end(runs: list["asyncio.Task[None]"]) -> None:
     for run in runs:
         run.cancel()
     await asyncio.wait(runs)
-
-
-async def _spawn(argv: Sequence[str], folder: Path, env: Mapping[str, str], output: int) -> Process:
-    """In `folder`, whose lack of a `.env` matters; in no reach of Ctrl-C; killed if we die, which
-    ends a stopped process too."""
-    return await asyncio.create_subprocess_exec(
-        *argv,
-        cwd=folder,
-        env=env,
-        stdin=DEVNULL,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
-        preexec_fn=end_with_parent(signal.SIGKILL),
-    )

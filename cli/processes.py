@@ -34,16 +34,22 @@ async def spawn(
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
     stdout: int | None = None,
+    stderr: int | None = None,
+    cwd: Path | None = None,
+    ended_by: signal.Signals = signal.SIGTERM,
 ) -> Process:
-    """Start a child that the terminal's Ctrl-C does not reach and that does not outlive us."""
+    """Start a child that the terminal's Ctrl-C does not reach and that does not outlive us: when we
+    die it is sent `ended_by`."""
     return await asyncio.create_subprocess_exec(
         *argv,
         env=env,
         stdin=DEVNULL,
         stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
         pass_fds=pass_fds,
         start_new_session=True,
-        preexec_fn=end_with_parent(),
+        preexec_fn=end_with_parent(ended_by),
     )
 
 

@@ -1,7 +1,9 @@
 """The log: what a stream's viewers see, in order, kept in Redis."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Self
 
 from arq.jobs import serialize_job
@@ -60,6 +62,13 @@ class Batch(NamedTuple):
     def size(self) -> int:
         """Bytes of data."""
         return sum(map(len, self.entries[1::2]))
+
+    def within(self, room: int) -> "Batch":
+        """Its first entries: as many as `room` bytes hold, and at least one."""
+        if self.size <= room:
+            return self
+        sizes = list(accumulate(map(len, self.entries[1::2])))
+        return self._replace(entries=self.entries[: 2 * max(1, bisect_right(sizes, room))])
 
     @property
     def ends(self) -> bool:

@@ -59,7 +59,7 @@ class Writer:
         self.all_stands.clear()
         self._appender.line_up(self)
 
-    def batch(self, limit: int, _: int) -> Batch | None:
+    def batch(self, limit: int) -> Batch | None:
         entries = self._entries[self._standing :][:limit]
         claim = self.claim
         return Batch(claim.stream_id, claim.attempt, claim.owner, self._standing, flat(entries))

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 from asyncio import StreamReader, StreamWriter
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from api.server import SEND_BYTES, Connection, Server, create_server
 from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay.settings import MIB, Settings
-from tests.conftest import asking, changed, running_worker, until, worker_env
+from tests.conftest import asking, changed, running_worker, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' sockets")
 
@@ -521,35 +520,6 @@ async def test_a_second_signal_ends_at_once(
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-@pytest.mark.parametrize(
-    ("change", "variable"),
-    [
-        ({"AZURE_OPENAI_CHATGPT_DEPLOYMENT": ""}, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
-        ({"RELAY_WEBHOOK_HOSTS": "hooks.example.com"}, "RELAY_WEBHOOK_SECRET"),
-        ({"RELAY_BODY_BYTES": "much"}, "RELAY_BODY_BYTES"),
-    ],
-)
-async def test_half_a_configuration_ends_the_start_with_a_sentence_that_names_it(
-    change: dict[str, str], variable: str, settings: Settings, tmp_path: Path
-) -> None:
-    # With a port of its own, so that one that starts all the same stands in nobody's way.
-    env = worker_env(settings) | {"RELAY_PORT": str(free_port("127.0.0.1", 0))} | change
-    process = await asyncio.create_subprocess_exec(
-        *module("api"), env=env, cwd=tmp_path, stderr=PIPE
-    )
-    try:
-        async with asyncio.timeout(20):
-            _, written = await process.communicate()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-    assert process.returncode == 2
-    [sentence] = written.decode().splitlines()
-    assert sentence.startswith("relay: ")
-    assert variable in sentence
 
 
 async def answers(port: int, beginning: bytes) -> bool:

@@ -26,9 +26,9 @@ REDIS_RETRY_SECONDS = 0.2
 class Writer(Protocol):
     """One attempt at an answer, which has something to append."""
 
-    def batch(self, limit: int, room: int) -> Batch | None:
-        """What lines up from where its log ends, at most `limit` entries and, unless the first one
-        alone is more, `room` bytes; None if it may no longer write, or if all stands."""
+    def batch(self, limit: int) -> Batch | None:
+        """What lines up from where its log ends, at most `limit` entries; None if it may no longer
+        write, or if all stands."""
 
     def settle(self, outcome: Appended | StreamLost) -> None:
         """What became of it; whoever has more then lines up anew."""
@@ -70,8 +70,8 @@ class Appender:
         while self._waiting and limit > 0 and room > 0:
             writer = next(iter(self._waiting))
             del self._waiting[writer]
-            if (batch := writer.batch(limit, room)) is not None:
-                self._taken[writer] = batch
+            if (batch := writer.batch(limit)) is not None:
+                self._taken[writer] = batch = batch.within(room)
                 limit -= batch.length
                 room -= batch.size
 

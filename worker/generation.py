@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from bisect import bisect_right
-from itertools import accumulate
 from typing import Any
 
 from relay.chunks import Compactor
@@ -123,14 +121,11 @@ class Generation:
 
     # As the appender sees it.
 
-    def batch(self, limit: int, room: int) -> Batch | None:
+    def batch(self, limit: int) -> Batch | None:
         standing, claim = self._standing, self._claim
         entries = self._entries[2 * standing : 2 * (standing + limit)]
         if self._lost or not entries:
             return None
-        if len(entries) > 2:
-            sizes = list(accumulate(map(len, entries[1::2])))
-            del entries[2 * max(1, bisect_right(sizes, room)) :]
         return Batch(claim.stream_id, claim.attempt, claim.owner, standing, entries)
 
     def settle(self, outcome: Appended | StreamLost) -> None:

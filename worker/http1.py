@@ -110,6 +110,7 @@ class _Exchange(httpx2.AsyncByteStream):
         self._waiter: asyncio.Future[None] | None = None
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self.head_bytes = 0
         self.begun = False
         """All headers are there."""
         self.ended = False
@@ -195,12 +196,10 @@ class _Connection(asyncio.Protocol):
         self._exchange: _Exchange | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._ends_by_length = False
-        self._head_bytes = 0
 
     def ask(self, request: bytes) -> _Exchange:
         exchange = self._exchange = _Exchange(self)
         self._ends_by_length = False
-        self._head_bytes = 0
         if self._transport.is_closing():
             exchange.fail(httpx2.RemoteProtocolError("the connection ended before a request"))
         else:
@@ -230,8 +229,8 @@ class _Connection(asyncio.Protocol):
             self.close()
             exchange.fail(httpx2.RemoteProtocolError(str(error)))
         if not exchange.begun:
-            self._head_bytes += len(data)
-            if self._head_bytes > _HEAD_BYTES:
+            exchange.head_bytes += len(data)
+            if exchange.head_bytes > _HEAD_BYTES:
                 self.close()
                 exchange.fail(httpx2.RemoteProtocolError("the headers are too long"))
 

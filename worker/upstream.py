@@ -78,6 +78,7 @@ class Upstream:
                 return
             except _FAILURES as cause:
                 _forget_frames(cause)
+                # In no variable: what is raised would be in a cycle with the frame that has it.
                 last = number == self._settings.upstream_tries
                 if answer.begun or last or not _translated(cause).retryable:
                     raise _translated(cause) from None
