@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine
+from itertools import chain
 from typing import Any
 
 from redis.asyncio import Redis
@@ -53,7 +54,8 @@ class Hub:
         self._beginning: dict[Feed, asyncio.Task[None]] = {}
         """Those whose log is being read for the first time."""
         self._unborn: set[Feed] = set()
-        self._subscribing: dict[str, asyncio.Future[None]] = {}
+        self._subscribing: dict[str, list[asyncio.Future[None]]] = {}
+        """Those who wait until a channel stands: two, if a feed was let go of and made anew."""
         self._reading: set[Feed] = set()
         self._stale: set[Feed] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -138,11 +140,9 @@ class Hub:
         channel = keys.channel(feed.stream_id)
         self._listener.add(channel)
         if self.connected:
-            stands = self._subscribing[channel] = asyncio.get_running_loop().create_future()
-            try:
-                await stands
-            finally:
-                self._subscribing.pop(channel, None)
+            stands: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._subscribing.setdefault(channel, []).append(stands)
+            await stands
 
     async def _read_first(self, feed: Feed) -> None:
         """First the channel, then the log: what comes between the two is in both."""
@@ -222,8 +222,9 @@ class Hub:
 
     def _subscribed(self, channel: str) -> None:
         """What was published before the subscription stood is only in the log."""
-        if stands := self._subscribing.pop(channel, None):
-            settle(stands, None)
+        if waiting := self._subscribing.pop(channel, None):
+            for stands in waiting:
+                settle(stands, None)
         elif (feed := self._feed_of(channel)) and feed not in self._unborn:
             self._start(self._catch_up(feed))
 
@@ -243,7 +244,7 @@ class Hub:
         """What is erased from now on goes unheard here, so nothing may be kept."""
         self._finished.clear()
         self._stale |= self._unborn
-        for stands in self._subscribing.values():
+        for stands in chain(*self._subscribing.values()):
             settle(stands, None)
         self._subscribing.clear()
 

@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any, NamedTuple, Self
 
+from pydantic import BaseModel, ConfigDict
+
 from relay.errors import Garbled, UpstreamError
 from relay.events import (
     STARTED,
@@ -20,6 +22,7 @@ from relay.events import (
     entry,
     first_choice_text,
     join_text,
+    text_in,
     to_json,
 )
 
@@ -36,11 +39,10 @@ _PROBE = "(the text)"
 def parse(data: bytes) -> Chunk:
     """Raises UpstreamError for what is no chunk, and for an error in the place of one."""
     try:
-        chunk = _load(data)
+        chunk: Chunk = _load(data)
+        _WellFormed.model_validate(chunk)
     except (ValueError, RecursionError):
-        chunk = None
-    if not isinstance(chunk, dict) or not _well_formed(chunk):
-        raise Garbled
+        raise Garbled from None
     if chunk.get("error"):
         raise UpstreamError(
             "upstream_failed", "The model service broke the answer off.", retryable=True
@@ -49,17 +51,47 @@ def parse(data: bytes) -> Chunk:
 
 
 def _load(data: bytes) -> Any:
-    return json.loads(data.decode(errors="replace"))
+    return _JSON.decode(data.decode(errors="replace"))
 
 
-def _well_formed(chunk: Chunk) -> bool:
-    choices = chunk.get("choices") or []
-    return isinstance(choices, list) and all(
-        isinstance(choice, dict)
-        and isinstance(choice.get("index", 0), int)
-        and isinstance(choice.get("delta") or {}, dict)
-        for choice in choices
-    )
+def _refuse(constant: str) -> None:
+    """NaN and its like, which Python takes for JSON and no client could read."""
+    raise ValueError(constant)
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _WellFormed(_Strict):
+    """What the wires count on, where it is there."""
+
+    choices: "list[_Choice] | None" = None
+    usage: dict[str, Any] | None = None
+
+
+class _Choice(_Strict):
+    index: int = 0
+    delta: "_Delta | None" = None
+    finish_reason: str | None = None
+
+
+class _Delta(_Strict):
+    tool_calls: "list[_Call] | None" = None
+
+
+class _Call(_Strict):
+    index: int | None = None
+    id: str | None = None
+    function: "_Function | None" = None
+
+
+class _Function(_Strict):
+    name: str | None = None
+    arguments: str | None = None
 
 
 class _Frame(NamedTuple):
@@ -194,9 +226,9 @@ class Expander:
         return None
 
 
-def reasoning_of(delta: Chunk) -> str | None:
+def reasoning_of(delta: Chunk) -> str:
     """What the model thinks before it answers. Servers have two names for it; some send both."""
-    return delta.get("reasoning_content") or delta.get("reasoning")
+    return text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
 
 
 def _plain_text(rest: Chunk) -> str | None:

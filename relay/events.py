@@ -92,8 +92,15 @@ def text_of(event: Event) -> str:
 def first_choice_text(chunk: dict[str, Any]) -> str:
     for choice in chunk.get("choices") or ():
         if choice.get("index", 0) == 0:
-            return str((choice.get("delta") or {}).get("content") or "")
+            return text_in(choice.get("delta") or {}, "content")
     return ""
+
+
+def text_in(delta: dict[str, Any], name: str) -> str:
+    """Of a part of the answer; empty where there is none, or another thing than text: some servers
+    send a list of parts, which only the wires that tell whole chunks can pass on."""
+    text = delta.get(name)
+    return text if isinstance(text, str) else ""
 
 
 def join_text(parts: list[str]) -> str:

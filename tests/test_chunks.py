@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.chunks import Chunk, Compactor, Expander, parse
-from relay.errors import UpstreamError
+from relay.errors import Garbled, UpstreamError
 from relay.events import (
     COMPLETED,
     QUEUED,
@@ -19,6 +19,7 @@ from relay.events import (
     Entry,
     Event,
     entry,
+    text_of,
     to_json,
 )
 from tests.test_events import ANY_TEXT
@@ -259,6 +260,36 @@ def test_nearly_all_of_an_answer_is_told_by_its_bytes(monkeypatch: pytest.Monkey
     texts = [said(f"{n}") for n in range(100)]
     entries_of([ROLE, *texts, STOP, USAGE])
     assert parsed < 10
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"null",
+        b"[1]",
+        b'{"choices": ["x"]}',
+        b'{"choices": [{"index": true}]}',
+        b'{"choices": [{"index": 0, "delta": "x"}]}',
+        b'{"choices": [{"index": 0, "finish_reason": 1}]}',
+        b'{"choices": [{"index": 0, "delta": {"tool_calls": ["x"]}}]}',
+        b'{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": "0"}]}}]}',
+        b'{"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"arguments": {}}}]}}]}',
+        b'{"usage": []}',
+        b'{"logprob": NaN}',
+        b'{"logprob": -Infinity}',
+    ],
+)
+def test_what_no_wire_could_tell_is_no_chunk(data: bytes) -> None:
+    with pytest.raises(Garbled):
+        Compactor(1, "m").entries(data)
+
+
+def test_a_content_of_parts_is_passed_on_whole_and_adds_nothing_to_the_text() -> None:
+    parts = chunk(choice({"content": [{"type": "thinking", "thinking": []}]}))
+    entries = entries_of([parts, said("a"), STOP])
+    assert expanded(entries) == [parts, said("a"), STOP]
+    text = "".join(text_of(Event(Cursor(1, seq), *each)) for seq, each in enumerate(entries))
+    assert text == "a"
 
 
 def test_true_and_one_are_not_the_same_chunk() -> None:

@@ -454,6 +454,25 @@ async def test_a_viewer_that_leaves_during_the_first_read_disturbs_no_other(
         hasty.cancel()
 
 
+async def test_a_viewer_that_leaves_while_a_birth_is_overtaken_leaves_nothing_behind(
+    hub: Hub, redis: Redis
+) -> None:
+    writer = Writer(redis)
+    stream_id = new_stream_id()
+    await writer.create(stream_id)
+    await writer.begin()
+    feed = hub.expect(stream_id)
+    hub.born(feed, heard=False)
+    await asyncio.sleep(0)  # The channel is asked for; it does not stand yet.
+    hub.leave(feed)
+    await _sees(hub, stream_id, b"started")
+
+    async def nothing_runs() -> bool:
+        return not hub._tasks
+
+    await until(nothing_runs)
+
+
 async def _sees(hub: Hub, stream_id: str, text: bytes) -> None:
     async with watching(hub, stream_id) as taker:
         await taker.has(text)

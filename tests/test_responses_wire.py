@@ -165,6 +165,12 @@ def test_reasoning_is_an_item_of_its_own_before_the_message(name: str) -> None:
     ]
 
 
+def test_a_content_that_is_no_text_is_passed_over() -> None:
+    told = frames(log([*deltas({"content": [{"type": "thinking"}]}, {"content": "Yes."}), END]))
+    output = told[-1]["response"]["output"]
+    assert [(item["type"], text_of(item)) for item in output] == [("message", "Yes.")]
+
+
 def test_a_refusal_after_text_is_a_second_part_of_the_message() -> None:
     told = frames(log([*deltas({"content": "Well."}, {"refusal": "No."}), END]))
     [message] = told[-1]["response"]["output"]

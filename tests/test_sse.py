@@ -12,7 +12,7 @@ from relay.errors import Garbled
 from worker import sse
 from worker.sse import Decoder
 
-# Of the standard, without what only matters to a browser (id, event, retry, a byte order mark).
+# Of the standard, without what only matters to a browser (id, event, retry).
 PIECES = [
     "data",
     ":",
@@ -56,6 +56,7 @@ def decoded(pieces: list[bytes]) -> list[bytes]:
         (b"\n\n\ndata: a\n\n\n\n", [b"a"]),
         (b"data: a\r\n\r\ndata: b\r\r", [b"a", b"b"]),
         (b"data: a\r\n\ndata: b\n\n", [b"a", b"b"]),
+        (b"\xef\xbb\xbfdata: a\n\ndata: b\n\n", [b"a", b"b"]),
         (b"data: a\n\ndata: without its end\n", [b"a"]),
     ],
 )

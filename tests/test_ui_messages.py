@@ -161,6 +161,11 @@ def test_a_text_that_always_comes_with_reasoning_keeps_both() -> None:
     assert [part["text"] for part in shown if part["kind"] == "text"] == ["t", "t", "t"]
 
 
+def test_a_content_that_is_no_text_is_passed_over() -> None:
+    shown = put_together(whole(spoken({"content": [{"type": "thinking"}]}, {"content": "a"})))
+    assert [(part["kind"], part["text"]) for part in shown] == [("text", "a")]
+
+
 @pytest.mark.parametrize(("finish", "told"), [("stop", "content-filter"), ("length", "length")])
 def test_a_refusal_finishes_as_the_sdks_own_providers_finish_it(finish: str, told: str) -> None:
     parts = whole(spoken({"content": "Well. "}, {"refusal": "No."}, finish=finish))

@@ -1,5 +1,7 @@
 """Server-sent events, as the upstream sends them: their data, for nothing else is used. Pure."""
 
+from codecs import BOM_UTF8
+
 from relay.errors import Garbled
 
 MOST_BYTES = 16 * 1024 * 1024
@@ -41,5 +43,6 @@ class Decoder:
 def _data(event: bytes) -> bytes:
     if event.startswith(b"data: ") and b"\n" not in event:
         return event[6:]
-    lines = [line.partition(b":") for line in event.split(b"\n")]
+    # With the first event a byte order mark may come.
+    lines = [line.partition(b":") for line in event.removeprefix(BOM_UTF8).split(b"\n")]
     return b"\n".join(value.removeprefix(b" ") for name, _, value in lines if name == b"data")

@@ -22,6 +22,7 @@ from relay.events import (
     TEXT,
     Event,
     join_text,
+    text_in,
     to_json,
 )
 from relay.ids import alias_of
@@ -238,12 +239,12 @@ class _Response:
             if text := reasoning_of(delta):
                 yield from self._item("reasoning", "rs", "reasoning", {"summary": []})
                 yield from self._items["reasoning"].grow("reasoning_text", text)
-            yield from self._message("output_text", delta.get("content"))
-            yield from self._message("refusal", delta.get("refusal"))
+            yield from self._message("output_text", text_in(delta, "content"))
+            yield from self._message("refusal", text_in(delta, "refusal"))
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)
 
-    def _message(self, kind: str, text: str | None) -> _Told:
+    def _message(self, kind: str, text: str) -> _Told:
         if text:
             yield from self._item("message", "msg", "message", {"role": "assistant"})
             yield from self._items["message"].grow(kind, text)

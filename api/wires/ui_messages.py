@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from relay.chunks import Chunk, Expander, reasoning_of
-from relay.events import CANCELLED, COMPLETED, STARTED, TEXT, Event, join_text, to_json
+from relay.events import CANCELLED, COMPLETED, STARTED, TEXT, Event, join_text, text_in, to_json
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"x-vercel-ai-ui-message-stream": "v1"}
@@ -104,13 +104,13 @@ class _Encoder:
             if choice.get("index", 0) == 0:
                 delta = choice.get("delta") or {}
                 yield from self._say("reasoning", reasoning_of(delta))
-                yield from self._say("text", delta.get("content"))
-                yield from self._say("text", delta.get("refusal"))
-                self._refused = self._refused or bool(delta.get("refusal"))
+                yield from self._say("text", text_in(delta, "content"))
+                yield from self._say("text", text_in(delta, "refusal"))
+                self._refused = self._refused or bool(text_in(delta, "refusal"))
                 for piece in delta.get("tool_calls") or ():
                     yield from self._call(piece)
 
-    def _say(self, kind: str, text: str | None) -> Iterator[Part]:
+    def _say(self, kind: str, text: str) -> Iterator[Part]:
         if not text:
             return
         if self._open is None or not self._open.startswith(kind):
