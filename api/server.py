@@ -22,6 +22,9 @@ HEAD_BYTES = 65536
 """Of a request's line and headers; the read that goes over it is the last."""
 HEAD_SECONDS = 10.0
 """From the connection, or from the first byte of its next request, to the end of the head."""
+REQUESTS_BEHIND = 16
+"""That may wait on one connection for the response before them. No browser sends any; a buffer
+that is read at once holds ten thousand."""
 BODY_SECONDS = 30.0
 """From the end of a request's head to the end of its body."""
 KEEPALIVE_SECONDS = 30
@@ -94,7 +97,15 @@ class Connection(HttpToolsProtocol):
         if was_in_head and self._in_head:
             self._head_bytes += len(data)
 
+    def send_400_response(self, msg: str) -> None:
+        if any(not cycle.response_complete for cycle in self._cycles):
+            self.transport.abort()  # In the midst of a response it would pass for a piece of it.
+        else:
+            super().send_400_response(msg)
+
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= REQUESTS_BEHIND:
+            raise _TooMany
         self._in_head = True
         super().on_message_begin()
         extensions: Any = {EXTENSION: Line(self.transport, self.flow)}
@@ -136,6 +147,10 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.write(TIMED_OUT)
             self.transport.close()
+
+
+class _TooMany(Exception):
+    """To the parser, which then reads no further."""
 
 
 def _line(cycle: RequestResponseCycle) -> Line:

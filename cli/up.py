@@ -19,6 +19,7 @@ REAL_SERVICE = (
     "For the real service set AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_KEY and "
     "AZURE_OPENAI_CHATGPT_DEPLOYMENT; or OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL."
 )
+KEY_ALONE = " Of these OPENAI_API_KEY is set, and does nothing without OPENAI_MODEL."
 
 
 def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child]:
@@ -62,7 +63,7 @@ def describe(console: Console, settings: Settings, port: int, redis: RedisServer
         "Ctrl-C stops everything.",
     ]
     if settings.upstream is None:
-        facts.insert(2, REAL_SERVICE)
+        facts.insert(2, REAL_SERVICE + (KEY_ALONE if settings.openai_key else ""))
     console.print(Panel(Text("\n".join(facts)), title="chat-relay", title_align="left"))
     headers = "-H 'accept: text/plain' -H 'content-type: application/json'"
     question = '{"messages":[{"role":"user","content":"Hello"}]}'

@@ -140,16 +140,16 @@ class Settings(BaseSettings):
         Raises ConfigurationError, naming the variable, if it is configured by half or twice.
         """
         azure = (self.azure_endpoint, self.azure_key, self.azure_deployment)
-        openai = (self.openai_base_url, self.openai_key, self.openai_model)
+        # OPENAI_API_KEY alone is common in a shell and not meant for us.
+        openai = self.openai_base_url or self.openai_model
         if any(azure) or self.azure_entra:
-            # OPENAI_API_KEY alone is common in a shell and not meant for us.
-            if self.openai_base_url or self.openai_model:
+            if openai:
                 raise ConfigurationError(
                     "Two upstreams are configured: unset either the AZURE_OPENAI_ variables or "
                     "OPENAI_BASE_URL and OPENAI_MODEL."
                 )
             return self._azure()
-        if any(openai):
+        if openai:
             return self._openai()
         return None
 
@@ -188,16 +188,11 @@ class Settings(BaseSettings):
             _url("OPENAI_BASE_URL", self.openai_base_url, "https://HOST/v1")
         if self.openai_key is None:
             raise ConfigurationError("Set OPENAI_API_KEY: the rest of this upstream is configured.")
-        if self.openai_model is None:
-            raise ConfigurationError(
-                "Set OPENAI_MODEL to use the upstream that OPENAI_API_KEY belongs to, or unset "
-                "OPENAI_API_KEY."
-            )
         return UpstreamSettings(
             kind="openai",
             base_url=self.openai_base_url,
             api_key=self.openai_key,
-            model=self.openai_model,
+            model=_required("OPENAI_MODEL", self.openai_model),
         )
 
 

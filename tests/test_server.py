@@ -336,6 +336,45 @@ async def test_a_viewer_that_sends_what_nobody_asked_for_is_let_go_all_the_same(
         await until(lambda: nobody_watches(served), 5)
 
 
+async def test_requests_without_end_behind_a_response_end_the_connection(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = 0
+
+    def counted(self: Connection) -> None:
+        nonlocal heads
+        heads += 1
+        complete(self)
+
+    complete = Connection.on_headers_complete
+    monkeypatch.setattr(Connection, "on_headers_complete", counted)
+    async with serving(settings) as served:
+        stream_id = await ask(served.port)
+        asked = heads
+        async with connected(served.port) as (reader, writer):
+            writer.write(events(stream_id) + 1000 * get("/healthz"))
+            with suppress(ConnectionResetError):
+                await reader.read()
+        await until(lambda: nobody_watches(served), 5)
+        assert heads - asked < 20
+
+
+async def test_nonsense_behind_a_response_is_never_answered_in_the_midst_of_it(
+    settings: Settings,
+) -> None:
+    async with serving(settings) as served:
+        stream_id = await ask(served.port)
+        async with connected(served.port) as (reader, writer):
+            writer.write(events(stream_id))
+            await reader.readuntil(b"queued")
+            writer.write(b"nonsense\r\n\r\n")
+            rest = b""
+            with suppress(ConnectionResetError):
+                rest = await reader.read()
+            assert b"HTTP/1.1" not in rest
+        await until(lambda: nobody_watches(served), 5)
+
+
 async def nobody_watches(served: Served) -> bool:
     app: Any = served.server.config.app
     return not app.state.parts.hub.viewers()

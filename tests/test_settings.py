@@ -102,6 +102,12 @@ CONFIGURED: list[tuple[dict[str, str], UpstreamSettings]] = [
 ]
 
 
+def test_a_key_alone_which_many_have_in_their_shell_configures_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert load(monkeypatch, {"OPENAI_API_KEY": "of something else"}).upstream is None
+
+
 @pytest.mark.parametrize(("environment", "expected"), CONFIGURED)
 def test_a_whole_configuration_is_an_upstream(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: UpstreamSettings
@@ -118,8 +124,8 @@ def test_a_whole_configuration_is_an_upstream(
         (without(AZURE, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"), "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
         ({"AZURE_OPENAI_ENTRA": "1"}, "AZURE_OPENAI_ENDPOINT"),
         (without(OPENAI, "OPENAI_API_KEY"), "OPENAI_API_KEY"),
-        (without(OPENAI, "OPENAI_MODEL"), "OPENAI_MODEL"),
         ({"OPENAI_BASE_URL": "http://localhost/v1"}, "OPENAI_API_KEY"),
+        ({"OPENAI_BASE_URL": "http://localhost/v1", "OPENAI_API_KEY": "k"}, "OPENAI_MODEL"),
     ],
 )
 def test_half_a_configuration_names_the_variable_to_set(
