@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from relay import keys
 from relay.connection import script
@@ -74,6 +75,8 @@ class Claims:
         self._queue_limit = queue_limit
         self._max_attempts = max_attempts
         self._calls = 0
+        self._unheard: set[str] = set()
+        """The owners of claims whose answer did not come."""
         self._claim = script(redis, "claim")
         self._renew = script(redis, "renew")
         self._release = script(redis, "release")
@@ -91,13 +94,21 @@ class Claims:
         )
 
     async def claim(self, want: int) -> list[Claim]:
-        """Up to `want` jobs from the queue, oldest first."""
+        """Up to `want` jobs from the queue, oldest first. What Redis may have given to an earlier
+        call that did not hear of it goes back before, at no cost of a try."""
+        for unheard in tuple(self._unheard):
+            await self._let_go(unheard, "")
+            self._unheard.discard(unheard)
         self._calls += 1
         owner = f"{self._worker}/{self._calls}"
-        rows = await self._claim(
-            keys=[keys.QUEUE, keys.LEASES],
-            args=[owner, want, self._lease_ms, keys.state("%s"), keys.job("%s")],
-        )
+        try:
+            rows = await self._claim(
+                keys=[keys.QUEUE, keys.LEASES],
+                args=[owner, want, self._lease_ms, keys.state("%s"), keys.job("%s")],
+            )
+        except RedisError:
+            self._unheard.add(owner)
+            raise
         return [Claim(row[0].decode(), row[1], owner, *row[2:]) for row in rows]
 
     async def renew(self, claims: Sequence[Claim]) -> list[Verdict]:
@@ -119,7 +130,7 @@ class Claims:
     async def hand_over(self, claim: Claim) -> None:
         """Back into the queue, at its old place, at no cost of a try. A stream that asked not to be
         begun anew ends as interrupted, if it had begun."""
-        await self._let_go(claim.stream_id, claim.owner)
+        await self._let_go(claim.owner, claim.stream_id)
 
     async def sweep(self) -> list[Released]:
         """Let go of every claim whose lease has lapsed.

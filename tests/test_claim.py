@@ -1,5 +1,7 @@
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
 from relay import keys
@@ -251,6 +254,34 @@ async def test_a_hand_over_costs_no_try_and_keeps_the_place(
     [again] = await claims.claim(1)
     assert (again.stream_id, again.ordinal) == (first, 2)
     assert await tries(redis, first) == 1
+
+
+async def test_a_claim_whose_answer_did_not_come_in_time_costs_its_jobs_no_try(
+    redis: Redis, log: Log, redis_server: RedisServer
+) -> None:
+    first, second, third = await create_at(redis, log, 10, 20, 30)
+    hasty = connect(redis_server.url, answer_seconds=0.1)
+    claims, others = make_claims(hasty), make_claims(redis, "other")
+    [kept] = await claims.claim(1)
+    [elsewhere] = await others.claim(1)
+    process = (await redis.info("server"))["process_id"]
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with pytest.raises(RedisTimeoutError):
+            await claims.claim(1)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+    async def taken() -> bool:
+        return (await places(redis))[0] == []
+
+    await until(taken)
+    [again] = await claims.claim(5)
+    assert (again.stream_id, await tries(redis, third)) == (third, 1)
+    held = {claim.stream_id for claim in (kept, elsewhere)}
+    assert held == {first, second}
+    assert await claims.renew([kept]) == await others.renew([elsewhere]) == ["held"]
+    await hasty.aclose()
 
 
 async def test_to_hand_over_twice_changes_nothing(redis: Redis, log: Log, claims: Claims) -> None:

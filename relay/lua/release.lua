@@ -1,12 +1,12 @@
--- Lets go of claims: of the one that its owner hands over, or of all whose lease has lapsed. Their
--- jobs go back into the queue; what nobody will finish is ended here.
+-- Lets go of claims: of what an owner hands over, or of all whose lease has lapsed. Their jobs go back
+-- into the queue; what nobody will finish is ended here.
 -- KEYS: queue, leases, wake, sweep mark, webhooks
 -- ARGV: log, state, channel and job key pattern, wake limit, retention_ms, lease_ms, max tries,
---       data of `failed`, then id and owner of the one handed over, or nothing
+--       data of `failed`, then nothing, or an owner and the id that it hands over, '' for all it has
 -- Returns {id, kind} for each stream let go; kind is that of its terminal event, '' if it waits
 local queue, leases, wake, mark, webhooks = unpack(KEYS)
 local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tries, interrupted,
-  handed_id, handed_owner = unpack(ARGV)
+  owner, handed_id = unpack(ARGV)
 local now = now_ms()
 
 -- The time in which nobody swept does not count: Redis was away, and nobody could renew either. (Or
@@ -36,7 +36,7 @@ local function release(id)
   redis.call('HDEL', state, 'owner')
   local begun, tries = tonumber(s[5]) > 0, tonumber(s[6])
   -- A hand-over is no failure of the attempt, so it does not count as a try.
-  if handed_id then tries = redis.call('HINCRBY', state, 'tries', -1) end
+  if owner then tries = redis.call('HINCRBY', state, 'tries', -1) end
 
   local kind, data
   if cancel then
@@ -52,10 +52,15 @@ local function release(id)
   return { id, kind }
 end
 
-if handed_id then
-  if redis.call('HGET', string.format(state_of, handed_id), 'owner') ~= handed_owner then return {} end
-  return { release(handed_id) }
+local function handed()
+  local ids = handed_id ~= '' and { handed_id } or redis.call('ZRANGE', leases, 0, -1)
+  local its = {}
+  for _, id in ipairs(ids) do
+    if redis.call('HGET', string.format(state_of, id), 'owner') == owner then its[#its + 1] = id end
+  end
+  return its
 end
+
 local released = {}
-for _, id in ipairs(sweepable()) do released[#released + 1] = release(id) end
+for _, id in ipairs(owner and handed() or sweepable()) do released[#released + 1] = release(id) end
 return released
