@@ -3,7 +3,9 @@
 Time to the first token, and how long a chunk takes from the upstream's write to the client's read.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 
 from bench import systems
 from bench.load import Seen, run
@@ -95,27 +97,36 @@ def _targets(table: Table) -> list[Target]:
 
 
 def _measure(names: list[str], counts: tuple[int, ...], runs: int) -> Table:
-    table: Table = {}
-    for name in names:
-        try:
-            with STARTS[name]() as system:
-                table[name] = {
-                    count: _cell(system, count, 1 if _once(name, count) else runs)
-                    for count in counts
-                    if (name, count) not in TOO_SLOW
-                }
-        except LookupError as missing:
-            print(f"{name}: not measured, {missing}")
+    """All run, and take turns: what the machine does in these minutes falls upon all of them."""
+    with ExitStack() as stack:
+        running = {name: system for name in names if (system := _started(name, stack))}
+        table: Table = {name: {} for name in running}
+        for count in counts:
+            here = [name for name in running if (name, count) not in TOO_SLOW]
+            seen: dict[str, list[Seen]] = {name: [] for name in here}
+            for name in here:
+                _run(running[name], count)  # To warm up.
+            for number, name in product(range(runs), here):
+                if number == 0 or not _once(name, count):
+                    seen[name].append(_run(running[name], count))
+            for name in here:
+                table[name][count] = _cell(seen[name])
     return table
+
+
+def _started(name: str, stack: ExitStack) -> System | None:
+    try:
+        return stack.enter_context(STARTS[name]())
+    except LookupError as missing:
+        print(f"{name}: not measured, {missing}")
+        return None
 
 
 def _once(name: str, count: int) -> bool:
     return name in ONCE or (name, count) == (DIRECT, 300)
 
 
-def _cell(system: System, count: int, runs: int) -> Cell:
-    _run(system, count)  # To warm up.
-    seen = [_run(system, count) for _ in range(runs)]
+def _cell(seen: list[Seen]) -> Cell:
     firsts = [percentile(each.first, 50) for each in seen]
     return Cell(
         first_p50=median(firsts),
