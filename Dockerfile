@@ -1,9 +1,9 @@
 # One image for both processes: the command says which.
 FROM python:3.12.8-slim-bookworm AS build
 WORKDIR /src
-COPY requirements/run.txt requirements/run.txt
+COPY requirements/entra.txt requirements/entra.txt
 RUN python -m venv /opt/relay \
- && /opt/relay/bin/pip install --no-cache-dir --require-hashes -r requirements/run.txt
+ && /opt/relay/bin/pip install --no-cache-dir --require-hashes -r requirements/entra.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY relay relay
 COPY api api

