@@ -2,7 +2,7 @@ import asyncio
 import inspect
 import json
 import sys
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from types import ModuleType
 from typing import Any
@@ -348,6 +348,9 @@ async def test_an_error_in_place_of_the_first_chunk_is_asked_again() -> None:
         (refusal(429, code="429"), "upstream_rate_limited", True),
         (refusal(500), "upstream_unavailable", True),
         (http(502, SECRET.encode(), "text/html"), "upstream_unavailable", True),
+        (http(307, b"", "text/html"), "upstream_missing", False),
+        (http(400, b'{"error": "a string"}'), "upstream_refused", False),
+        (http(400, b"[" * 100_000), "upstream_refused", False),
         (http(200, SECRET.encode(), "text/html"), "upstream_garbled", True),
         (http(200, b"data: nonsense\n\n", "text/event-stream"), "upstream_garbled", True),
         (http(200, b"data: [1]\n\n", "text/event-stream"), "upstream_garbled", True),
@@ -383,6 +386,16 @@ async def test_a_refusal_names_identifiers_only(error: dict[str, Any], reason: s
         _, failure = await failure_of(upstream)
     assert failure.code == "upstream_refused"
     assert failure.message == f"The model service refused the request{reason}."
+
+
+async def test_a_refusal_without_an_end_is_a_refusal_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.failures.MOST_BYTES", 1000)
+    head = b"HTTP/1.1 401 X\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with saying([head, body(b"x" * 2000)]) as (_, upstream):
+        _, error = await failure_of(upstream)
+    assert error.code == "upstream_denied"
 
 
 async def test_a_blocked_prompt_is_told_from_a_bad_request(emulator_url: str) -> None:
@@ -604,25 +617,69 @@ def test_entra_without_the_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch
         )
 
 
+Provide = Callable[[object, str], Callable[[], Awaitable[str]]]
+
+
+@pytest.fixture
+def provide(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provide], None]:
+    """Puts a library for Entra ID in place, which gives tokens by this function."""
+
+    def put(provider: Provide) -> None:
+        identity: Any = ModuleType("azure.identity.aio")
+        identity.DefaultAzureCredential = object
+        identity.get_bearer_token_provider = provider
+        for name in ("azure", "azure.identity"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "azure.identity.aio", identity)
+
+    return put
+
+
+ENTRA = {"azure_key": None, "azure_entra": True, "azure_scope": "ours"}
+
+
 @pytest.mark.parametrize("path", ["", "/openai/v1"])
 async def test_entra_sends_a_token_of_its_scope_and_no_key(
-    path: str, monkeypatch: pytest.MonkeyPatch, emulator: Emulator, emulator_url: str
+    path: str, provide: Callable[[Provide], None], emulator: Emulator, emulator_url: str
 ) -> None:
-    def provider(_: object, scope: str) -> Any:
+    given = 0
+
+    def provider(_: object, scope: str) -> Callable[[], Awaitable[str]]:
         async def token() -> str:
-            return f"token-for-{scope}"
+            nonlocal given
+            given += 1
+            return f"token-{given}-for-{scope}"
 
         return token
 
-    identity: Any = ModuleType("azure.identity.aio")
-    identity.DefaultAzureCredential = object
-    identity.get_bearer_token_provider = provider
-    for name in ("azure", "azure.identity"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "azure.identity.aio", identity)
-    target = {"azure_key": None, "azure_entra": True, "azure_scope": "ours"}
-    async with azure(emulator_url + path, **target) as upstream:
+    provide(provider)
+    async with azure(emulator_url + path, **ENTRA) as upstream:
         assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
-    [record] = emulator.requests
-    assert record.headers["authorization"] == "Bearer token-for-ours"
-    assert "api-key" not in record.headers
+        assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
+    sent = [record.headers["authorization"] for record in emulator.requests]
+    assert sent == ["Bearer token-1-for-ours", "Bearer token-2-for-ours"]
+    assert not any("api-key" in record.headers for record in emulator.requests)
+
+
+async def test_who_cannot_sign_in_tries_again_and_says_so(
+    provide: Callable[[Provide], None], emulator: Emulator, emulator_url: str
+) -> None:
+    fails = 0
+
+    def provider(_: object, __: str) -> Callable[[], Awaitable[str]]:
+        async def token() -> str:
+            nonlocal fails
+            fails -= 1
+            if fails >= 0:
+                raise ConnectionError("no way to the identity")
+            return "token"
+
+        return token
+
+    provide(provider)
+    async with azure(emulator_url, upstream_tries=2, **ENTRA) as upstream:
+        fails = 1
+        assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
+        fails = 2
+        _, error = await failure_of(upstream)
+    assert (error.code, error.retryable) == ("upstream_denied", True)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 for the SDK's client: a transport by which a chunk costs little.
+"""HTTP/1.1 under httpx' client: a transport by which a chunk costs little.
 
 httpx' own spends more on a chunk than all the rest of a worker does. Here what the socket has is
 parsed where it arrives, in C, and goes from there to whoever takes it. It knows no proxies (the

@@ -1,34 +1,27 @@
-"""The upstream: the model service, by the openai SDK. The only module that knows it."""
+"""The upstream: the model service, asked for one answer after the other or many at once."""
 
 import asyncio
 import json
 import random
-import re
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-import httpx2
-import openai
-from openai import AsyncAzureOpenAI, AsyncOpenAI, AsyncStream, DefaultAsyncHttpxClient
 
 from relay.chunks import parse
-from relay.errors import ConfigurationError, Garbled, Incomplete, UpstreamError
+from relay.errors import ConfigurationError, Garbled, Incomplete
 from relay.events import join_text
 from relay.logs import Logger, get_logger
-from relay.settings import Settings, UpstreamSettings
+from relay.settings import Settings
 from relay.turnstile import Turnstile
-from worker.http1 import Http1, pour
+from worker.endpoint import Endpoint
+from worker.failures import FAILURES, Refused, refused, translated
+from worker.http1 import pour
 from worker.retry import delay_before
 from worker.sse import Decoder
 
 logger = get_logger("upstream")
 
-CONNECT_SECONDS = 10.0
-IDLE_SECONDS = 30.0
-"""How long a connection to the upstream is kept for the next answer."""
 END_SECONDS = 1.0
 """From [DONE] to the end of the body, at most."""
 MEDIA_TYPE = "text/event-stream"
@@ -52,11 +45,11 @@ class Upstream:
             )
         self.model = settings.upstream.model
         self._settings = settings
-        self._client = _client(settings.upstream, settings)
+        self._endpoint = Endpoint(settings.upstream, settings)
         self._turnstile = Turnstile()
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._endpoint.close()
 
     async def stream(
         self,
@@ -70,40 +63,38 @@ class Upstream:
 
         Cancelling it closes the connection. Raises UpstreamError, and what `take` raises.
         """
-        body = self._body(request)
+        # Half an emoji, which UTF-8 cannot carry, becomes a replacement character.
+        body = join_text([json.dumps(self._body(request), ensure_ascii=False)]).encode()
         for number in range(1, self._settings.upstream_tries + 1):
             answer = _Answer(take)
             try:
                 await self._ask(body, answer)
                 return
-            except _FAILURES as cause:
+            except FAILURES as cause:
                 _forget_frames(cause)
                 # In no variable: what is raised would be in a cycle with the frame that has it.
                 last = number == self._settings.upstream_tries
-                if answer.begun or last or not _translated(cause).retryable:
-                    raise _translated(cause) from None
-                code = _translated(cause).code
-                seconds = delay_before(number + 1, _headers(cause), random.random())  # noqa: S311
+                if answer.begun or last or not translated(cause).retryable:
+                    raise translated(cause) from None
+                code = translated(cause).code
+                headers = cause.headers if isinstance(cause, Refused) else {}
+                seconds = delay_before(number + 1, headers, random.random())  # noqa: S311
             log.warning("upstream_retry", code=code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
-    async def _ask(self, body: dict[str, Any], answer: "_Answer") -> None:
+    async def _ask(self, body: bytes, answer: "_Answer") -> None:
         await self._turnstile.passed()
-        async with asyncio.timeout(self._settings.first_chunk_seconds):
-            # Not by chat.completions.create: half of the cost of a request is that it builds a
-            # model of it, and nearly all of a chunk's, that it builds one of that.
-            stream = await self._client.post(
-                "/chat/completions",
-                body=body,
-                cast_to=object,
-                stream=True,
-                stream_cls=_Response,
-            )
-        async with stream:
-            media_type = stream.response.headers.get("content-type", "").lower()
+        patience = self._settings.first_chunk_seconds
+        async with asyncio.timeout(patience):
+            response = await self._endpoint.ask(body)
+        async with aclosing(response):
+            if not response.is_success:
+                async with asyncio.timeout(patience):
+                    raise await refused(response)
+            media_type = response.headers.get("content-type", "").lower()
             if not media_type.startswith(MEDIA_TYPE):
                 raise Garbled
-            pouring = asyncio.create_task(pour(stream.response, answer.feed))
+            pouring = asyncio.create_task(pour(response, answer.feed))
             try:
                 await self._until_ended(pouring, answer)
             finally:
@@ -135,7 +126,7 @@ class Upstream:
         """The caller's fields, the server's defaults where it left them out, and what is asked of,
         in that order, so that no field of a request can choose that."""
         settings = self._settings
-        body = _with_whole_characters(request)
+        body = dict(request)
         if settings.system_prompt is not None:
             system = {"role": "system", "content": settings.system_prompt}
             body["messages"] = [system, *body["messages"]]
@@ -145,14 +136,6 @@ class Upstream:
             body.setdefault("max_tokens", settings.max_tokens)
         ours = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
         return body | ours
-
-
-class _Response(AsyncStream[object]):
-    """The response alone. The SDK's own stream has a generator that has the stream: a cycle, which
-    would keep the request until a collector came."""
-
-    def __init__(self, *, response: httpx2.Response, **_: Any) -> None:
-        self.response = response
 
 
 class _Answer:
@@ -183,146 +166,9 @@ class _Answer:
         self._take(chunks)
 
 
-def _with_whole_characters(request: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which half an emoji, which UTF-8 cannot carry, is a replacement character."""
-    text = json.dumps(request, ensure_ascii=False)
-    if (whole := join_text([text])) == text:
-        return dict(request)
-    copy: dict[str, Any] = json.loads(whole)
-    return copy
-
-
-def _client(upstream: UpstreamSettings, settings: Settings) -> AsyncOpenAI:
-    key = upstream.api_key.get_secret_value() if upstream.api_key else None
-    timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
-    limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
-    proxied = _is_proxied(upstream.base_url or "https://")
-    transport = (
-        None if proxied else Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
-    )
-    options: dict[str, Any] = {
-        # Retries are ours: the SDK's would sleep through a Retry-After of two minutes.
-        "max_retries": 0,
-        "timeout": timeout,
-        "http_client": DefaultAsyncHttpxClient(transport=transport, timeout=timeout, limits=limits),
-    }
-    if upstream.kind == "azure":
-        return AsyncAzureOpenAI(
-            azure_endpoint=upstream.base_url or "",
-            azure_deployment=upstream.model,
-            api_version=upstream.api_version,
-            api_key=key,
-            azure_ad_token_provider=_token_provider(upstream),
-            **options,
-        )
-    provider = _token_provider(upstream)
-    return AsyncOpenAI(base_url=upstream.base_url, api_key=provider or key, **options)
-
-
-def _is_proxied(url: str) -> bool:
-    """As the environment has it, in which httpx looks, too."""
-    parts, proxies = urlsplit(url), getproxies()
-    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
-
-
-def _token_provider(upstream: UpstreamSettings) -> Any:
-    if upstream.entra_scope is None:
-        return None
-    try:
-        from azure.identity.aio import (  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415
-            DefaultAzureCredential,
-            get_bearer_token_provider,
-        )
-    except ImportError:
-        raise ConfigurationError(
-            "AZURE_OPENAI_ENTRA needs the extra: .venv/bin/pip install -e '.[entra]'."
-        ) from None
-    return get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
-
-
-_FAILURES = (
-    openai.APIError,
-    httpx2.HTTPError,
-    TimeoutError,
-    UpstreamError,
-)
-
-
 def _forget_frames(cause: BaseException | None) -> None:
     """They hold the task that holds the error, and with it question and answer: a cycle, which
     would stay until a collector looks at everything (relay/heap.py)."""
     while cause is not None:
         cause.__traceback__ = None
         cause = cause.__cause__ or cause.__context__
-
-
-def _translated(cause: Exception) -> UpstreamError:
-    """The vendor's error as ours. Of its text nothing passes but identifiers."""
-    match cause:
-        case UpstreamError():
-            return cause
-        case openai.APIStatusError():
-            return _translated_status(cause)
-        case _ if _timed_out(cause):
-            return UpstreamError(
-                "upstream_timeout", "The model service fell silent: ask again.", retryable=True
-            )
-        case _:
-            return UpstreamError(
-                "upstream_unreachable",
-                "The connection to the model service failed: ask again.",
-                retryable=True,
-            )
-
-
-def _timed_out(cause: BaseException | None) -> bool:
-    """By what is at the bottom of it: the SDK calls it a connection error."""
-    while cause is not None:
-        if isinstance(cause, TimeoutError):
-            return True
-        cause = cause.__cause__
-    return False
-
-
-def _translated_status(cause: openai.APIStatusError) -> UpstreamError:
-    status = cause.status_code
-    if _identifier(cause.code) == "content_filter":
-        return UpstreamError(
-            "content_filter", "The model service's filter refused the prompt.", retryable=False
-        )
-    if status == 429:
-        return UpstreamError(
-            "upstream_rate_limited",
-            "The model service is at its limit: wait, then ask again.",
-            retryable=True,
-        )
-    if status in {401, 403}:
-        return UpstreamError(
-            "upstream_denied", "The model service refused this server's key.", retryable=False
-        )
-    if status == 404:
-        return UpstreamError(
-            "upstream_missing",
-            "The model service does not know this server's deployment or model.",
-            retryable=False,
-        )
-    if status in {408, 409} or status >= 500:
-        return UpstreamError(
-            "upstream_unavailable", "The model service is not available: ask again.", retryable=True
-        )
-    reason = ", ".join(filter(None, (_identifier(cause.code), _identifier(cause.param))))
-    return UpstreamError(
-        "upstream_refused",
-        f"The model service refused the request{f' ({reason})' if reason else ''}.",
-        retryable=False,
-    )
-
-
-def _identifier(text: object) -> str | None:
-    return (
-        text if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.\[\]-]{0,60}", text) else None
-    )
-
-
-def _headers(cause: Exception) -> dict[str, str]:
-    return dict(cause.response.headers) if isinstance(cause, openai.APIStatusError) else {}

@@ -1,0 +1,124 @@
+"""The endpoint: where the model service is asked, and as whom, as the openai SDK knows it.
+
+The only module that knows the SDK. Its own call is not used: it builds each request anew, by
+models and copies, and a model of each chunk that comes back. The first is a third of what all
+processes spend on beginning an answer, the second nearly all of what a chunk costs.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+from openai import AsyncAzureOpenAI, AsyncOpenAI
+
+from relay.errors import ConfigurationError, UpstreamError
+from relay.logs import get_logger
+from relay.settings import Settings, UpstreamSettings
+from worker.http1 import Http1
+
+logger = get_logger("upstream")
+
+CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 30.0
+"""How long a connection is kept for the next request."""
+
+Token = Callable[[], Awaitable[str]]
+
+
+class Endpoint:
+    """Sends requests that differ in their body alone."""
+
+    def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
+        """Raises ConfigurationError if an extra is missing."""
+        self._client = _client(upstream, settings)
+        self._token = _token_provider(upstream)
+        sdk = _sdk(upstream, self._token, self._client)
+        known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
+        self._headers = httpx2.Headers({k: v for k, v in known.items() if isinstance(v, str)})
+        query: Any = sdk.default_query
+        self._url = sdk.base_url.join("chat/completions").copy_merge_params(query)
+
+    async def ask(self, body: bytes) -> httpx2.Response:
+        """The response, whose body is yet to come and which is to be closed. `body` is JSON.
+
+        Raises httpx2.HTTPError, and UpstreamError if there is no token to be had. A redirect is not
+        followed: the key is not meant for another.
+        """
+        request = httpx2.Request(
+            "POST",
+            self._url,
+            headers=self._headers,
+            content=body,
+            extensions={"timeout": self._client.timeout.as_dict()},
+        )
+        if self._token is not None:
+            request.headers["authorization"] = f"Bearer {await _signed_in(self._token)}"
+        return await self._client.send(request, stream=True)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def _signed_in(token: Token) -> str:
+    try:
+        return await token()
+    except Exception as error:
+        # Whatever the library finds wrong, from the network to the configuration of the identity.
+        logger.warning("sign_in_failed", error=type(error).__name__, exc_info=error)
+        raise UpstreamError(
+            "upstream_denied",
+            "This server could not sign in at the model service: ask again.",
+            retryable=True,
+        ) from None
+
+
+def _client(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncClient:
+    proxied = _is_proxied(upstream.base_url or "https://")
+    return httpx2.AsyncClient(
+        transport=None
+        if proxied
+        else Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS),
+        timeout=httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None),
+        limits=httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS),
+    )
+
+
+def _is_proxied(url: str) -> bool:
+    """As the environment has it, in which httpx looks, too."""
+    parts, proxies = urlsplit(url), getproxies()
+    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
+
+
+def _sdk(
+    upstream: UpstreamSettings, token: Token | None, client: httpx2.AsyncClient
+) -> AsyncOpenAI:
+    key = upstream.api_key.get_secret_value() if upstream.api_key else None
+    if upstream.kind == "azure":
+        return AsyncAzureOpenAI(
+            azure_endpoint=upstream.base_url or "",
+            azure_deployment=upstream.model,
+            api_version=upstream.api_version,
+            api_key=key,
+            azure_ad_token_provider=token,
+            http_client=client,
+        )
+    return AsyncOpenAI(base_url=upstream.base_url, api_key=token or key, http_client=client)
+
+
+def _token_provider(upstream: UpstreamSettings) -> Token | None:
+    if upstream.entra_scope is None:
+        return None
+    try:
+        from azure.identity.aio import (  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415
+            DefaultAzureCredential,
+            get_bearer_token_provider,
+        )
+    except ImportError:
+        raise ConfigurationError(
+            "AZURE_OPENAI_ENTRA needs the extra: .venv/bin/pip install -e '.[entra]'."
+        ) from None
+    provider: Any = get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
+    token: Token = provider
+    return token

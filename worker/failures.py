@@ -1,0 +1,100 @@
+"""What goes wrong with the upstream, in our words. Of a vendor's text nothing passes but
+identifiers."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+
+from relay.errors import UpstreamError
+
+FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
+"""What asking it may raise."""
+MOST_BYTES = 64 * 1024
+"""Of what it says with an error status."""
+
+
+class Refused(UpstreamError):
+    """It answered by an error status."""
+
+    def __init__(self, response: httpx2.Response, error: dict[str, Any]) -> None:
+        told = _of_status(response.status_code, error)
+        super().__init__(told.code, told.message, retryable=told.retryable)
+        self.headers: Mapping[str, str] = response.headers
+
+
+async def refused(response: httpx2.Response) -> Refused:
+    """Reads what it says. Raises httpx2.HTTPError."""
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > MOST_BYTES:
+            break
+    return Refused(response, _error_in(bytes(body)))
+
+
+def translated(cause: Exception) -> UpstreamError:
+    match cause:
+        case UpstreamError():
+            return cause
+        case TimeoutError() | httpx2.TimeoutException():
+            return UpstreamError(
+                "upstream_timeout", "The model service fell silent: ask again.", retryable=True
+            )
+        case _:
+            return UpstreamError(
+                "upstream_unreachable",
+                "The connection to the model service failed: ask again.",
+                retryable=True,
+            )
+
+
+def _error_in(body: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    error = said.get("error", said) if isinstance(said, dict) else None
+    return error if isinstance(error, dict) else {}
+
+
+def _of_status(status: int, error: dict[str, Any]) -> UpstreamError:
+    code, param = _identifier(error.get("code")), _identifier(error.get("param"))
+    if code == "content_filter":
+        return UpstreamError(
+            "content_filter", "The model service's filter refused the prompt.", retryable=False
+        )
+    if status == 429:
+        return UpstreamError(
+            "upstream_rate_limited",
+            "The model service is at its limit: wait, then ask again.",
+            retryable=True,
+        )
+    if status in {401, 403}:
+        return UpstreamError(
+            "upstream_denied", "The model service refused this server's key.", retryable=False
+        )
+    if status == 404 or 300 <= status < 400:
+        return UpstreamError(
+            "upstream_missing",
+            "The model service does not know this server's deployment or model.",
+            retryable=False,
+        )
+    if status in {408, 409} or status >= 500:
+        return UpstreamError(
+            "upstream_unavailable", "The model service is not available: ask again.", retryable=True
+        )
+    reason = ", ".join(filter(None, (code, param)))
+    return UpstreamError(
+        "upstream_refused",
+        f"The model service refused the request{f' ({reason})' if reason else ''}.",
+        retryable=False,
+    )
+
+
+def _identifier(text: object) -> str | None:
+    return (
+        text if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.\[\]-]{0,60}", text) else None
+    )
