@@ -50,6 +50,16 @@ def parse(data: bytes) -> Chunk:
     return chunk
 
 
+def speaks(chunk: Chunk) -> bool:
+    """Whether it has a piece of the answer, and does not only announce one: as the role does, or
+    what a filter found in the prompt."""
+    return any(
+        choice.get("finish_reason")
+        or any(value for name, value in (choice.get("delta") or {}).items() if name != "role")
+        for choice in chunk.get("choices") or ()
+    )
+
+
 def _load(data: bytes) -> Any:
     return _JSON.decode(data.decode(errors="replace"))
 

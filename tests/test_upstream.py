@@ -26,7 +26,7 @@ SECRET = "the secret of the vendor"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.retry.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("worker.upstream.FIRST_SECONDS", 0.001)
 
 
 @asynccontextmanager
@@ -456,6 +456,39 @@ async def test_an_answer_without_any_chunk_is_asked_for_again() -> None:
         assert len(server.asked) == 2
 
 
+ANNOUNCED = (
+    b'data: {"choices":[],"prompt_filter_results":[]}\n\n'
+    b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+)
+
+
+@pytest.mark.parametrize("end", [b"", b'data: {"error": {"code": "x"}}\n\n', b"data: [DONE]\n\n"])
+async def test_an_answer_that_was_only_announced_is_asked_for_again(end: bytes) -> None:
+    last = b"0\r\n\r\n"
+    first, second = [HEAD, body(ANNOUNCED + end), last], [HEAD, body(ANNOUNCED + SAID), last]
+    async with saying(first, second) as (server, upstream):
+        chunks = await asked(upstream, asking())
+        assert len(server.asked) == 2
+    assert [bool(chunk["choices"]) for chunk in chunks] == [False, True, True]
+
+
+async def test_a_model_that_thinks_after_the_announcement_is_not_stalled() -> None:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(HEAD + body(ANNOUNCED))
+        await asyncio.sleep(0.2)
+        writer.write(body(SAID) + b"0\r\n\r\n")
+
+    limits = {"stall_seconds": 0.05, "first_chunk_seconds": 5}
+    async with (
+        serving(answer) as server,
+        azure(f"http://127.0.0.1:{server.port}", upstream_tries=1, **limits) as upstream,
+    ):
+        assert text_of(await asked(upstream, asking())) == "a"
+
+
 async def test_silence_before_the_first_chunk_fails_the_try(
     emulator: Emulator, emulator_url: str
 ) -> None:
@@ -513,9 +546,9 @@ async def test_an_end_without_done_is_the_end_of_the_chunks(emulator_url: str) -
     ],
 )
 async def test_an_event_without_data_is_no_chunk(beat: bytes) -> None:
-    body = beat + b'data: {"choices": []}\n\n' + beat + b"data: [DONE]\n\n"
-    async with answering(http(200, body, "text/event-stream")) as (url, _), azure(url) as upstream:
-        assert await chunks_of(upstream) == [{"choices": []}]
+    said = http(200, beat + SAID + beat + b"data: [DONE]\n\n", "text/event-stream")
+    async with answering(said) as (url, _), azure(url) as upstream:
+        assert len(await chunks_of(upstream)) == 1
 
 
 async def test_half_an_emoji_in_a_prompt_is_no_crash(emulator_url: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
-from relay.chunks import parse
+from relay.chunks import parse, speaks
 from relay.errors import ConfigurationError, Garbled, Incomplete
 from relay.events import join_text
 from relay.logs import Logger, get_logger
@@ -17,7 +17,7 @@ from relay.turnstile import Turnstile
 from worker.endpoint import Endpoint
 from worker.failures import FAILURES, Refused, refused, translated
 from worker.http1 import pour
-from worker.retry import delay_before
+from worker.retry import FIRST_SECONDS, delay_before
 from worker.sse import Decoder
 
 logger = get_logger("upstream")
@@ -31,8 +31,9 @@ DONE = b"[DONE]"
 class Upstream:
     """Each call of `stream` is one answer; many may be under way.
 
-    Policy: own retries until the first chunk, bounded and jittered; none after it. Silence for
-    `first_chunk_seconds` before it fails that try, for `stall_seconds` after it the answer.
+    Policy: own retries until the first chunk that speaks, bounded and jittered; none after it.
+    Silence for `first_chunk_seconds` before it fails that try, for `stall_seconds` after it the
+    answer.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -78,7 +79,8 @@ class Upstream:
                     raise translated(cause) from None
                 code = translated(cause).code
                 headers = cause.headers if isinstance(cause, Refused) else {}
-                seconds = delay_before(number + 1, headers, random.random())  # noqa: S311
+                chance = random.random()  # noqa: S311
+                seconds = delay_before(number + 1, headers, chance, first_seconds=FIRST_SECONDS)
             log.warning("upstream_retry", code=code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
@@ -144,6 +146,9 @@ class _Answer:
     def __init__(self, take: Callable[[list[bytes]], None]) -> None:
         self._take = take
         self._decoder = Decoder()
+        self._held: list[bytes] = []
+        """Chunks before the first that speaks. As long as nobody has seen one, it can be asked
+        again."""
         self._loop = asyncio.get_running_loop()
         self.begun = False
         self.heard = self._loop.time()
@@ -159,10 +164,13 @@ class _Answer:
             self.done.set_result(None)
 
     def _feed(self, chunks: list[bytes]) -> None:
-        if not self.begun:
-            parse(chunks[0])  # An error in its place is asked again.
-            self.begun = True
         self.heard = self._loop.time()
+        if not self.begun:
+            self._held += chunks
+            self.begun = any(speaks(parse(chunk)) for chunk in chunks)
+            if not self.begun:
+                return
+            chunks, self._held = self._held, []
         self._take(chunks)
 
 
