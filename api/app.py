@@ -6,6 +6,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -24,6 +25,8 @@ from relay.logs import get_logger
 from relay.settings import Settings
 
 logger = get_logger("api")
+
+VERSION = version("chat-relay")
 
 DESCRIPTION = """\
 A chat answer should outlive the connection that asked for it.
@@ -74,9 +77,11 @@ def create_app(settings: Settings) -> FastAPI:
         running = [asyncio.create_task(part.run()) for part in (hub, presence)]
         for task in running:
             task.add_done_callback(_end_with_part)
+        logger.info("api_ready", version=VERSION)
         try:
             yield
         finally:
+            logger.info("api_stopped")
             for task in running:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -85,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = _Api(
         title="chat-relay",
-        version="0.1.0",
+        version=VERSION,
         description=DESCRIPTION,
         webhooks=webhook.router,
         lifespan=lifespan,

@@ -129,6 +129,7 @@ class Hub:
     def drain(self) -> None:
         """Let viewers go, each in its own time and broken off, so that they go elsewhere."""
         self.draining = True
+        logger.info("draining", viewers=sum(self.viewers().values()))
         for feed in [*self._finished.feeds(), *self._feeds.values()]:
             feed.wake()
 

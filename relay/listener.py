@@ -1,6 +1,7 @@
 """A listener: one pub/sub connection that is kept up."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ class Listener:
         self._on_subscribed = on_subscribed
         self._on_lost = on_lost
         self._ear: _Ear | None = None
+        self._lost_since: float | None = None
         self.away = False
         """Whether Redis fell silent or refuses new connections; a cut alone does not say so."""
 
@@ -89,7 +91,8 @@ class Listener:
             try:
                 await self._hear(await self._connect())
             except (RedisError, OSError) as error:
-                logger.warning("channel_lost", error=str(error))
+                logger.warning("redis_lost", error=str(error))
+                self._lost_since = self._lost_since or time.monotonic()
             finally:
                 self._on_lost()
             await asyncio.sleep(RECONNECT_SECONDS)
@@ -101,6 +104,10 @@ class Listener:
             self.away = True
             raise
         self.away = False
+        if self._lost_since is not None:
+            seconds = round(time.monotonic() - self._lost_since, 1)
+            logger.info("redis_back", seconds=seconds)
+            self._lost_since = None
         return _Ear(connection, self._on_message, self._on_subscribed)
 
     async def _hear(self, ear: _Ear) -> None:

@@ -313,14 +313,21 @@ class Log:
             await pipe.execute()
 
 
+_REASONS = {
+    b"fenced": "another attempt owns the stream",
+    b"closed": "the stream has ended",
+    b"erased": "the stream is erased, has expired or was evicted",
+}
+
+
 def _outcome(batch: Batch, answer: tuple[bytes, int, int]) -> Appended | StreamLost | ResponseError:
     verdict, next_seq, cancel = answer
     stands = next_seq == batch.first + batch.length
     repeated_closing = verdict == b"closed" and batch.ends and stands
     if verdict == b"ok" or repeated_closing:
         return Appended(next_seq, bool(cancel))
-    if verdict in {b"fenced", b"closed", b"erased"}:
-        return StreamLost(f"the log refused the append: {verdict.decode()}")
+    if verdict in _REASONS:
+        return StreamLost(_REASONS[verdict])
     return ResponseError(verdict.decode())
 
 

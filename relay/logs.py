@@ -53,8 +53,8 @@ def get_logger(name: str) -> Logger:
 
 
 class _NotAgain(logging.Filter):
-    """A warning of ours that names no stream is not written again for a while: with Redis away,
-    each part of a process would say so five times a second."""
+    """A warning of ours that names no stream is not written again for a while, though its numbers
+    differ: with Redis away, each part of a process would say so five times a second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class _NotAgain(logging.Filter):
         said = record.msg
         if record.levelno != logging.WARNING or not isinstance(said, dict) or "stream" in said:
             return True
-        line, now = str({**said, "timestamp": None}), time.monotonic()
+        words = {k: v for k, v in said.items() if isinstance(v, str) and k != "timestamp"}
+        line, now = str(words), time.monotonic()
         self._written = {
             each: when for each, when in self._written.items() if now - when < REPEAT_SECONDS
         }

@@ -14,7 +14,7 @@ from relay.claim import Claim
 from relay.errors import StreamLost
 from relay.events import STARTED, TEXT, entry
 from relay.log import Appended, Batch, Log
-from tests.conftest import flat, make_claims, make_log
+from tests.conftest import flat, make_claims, make_log, until
 from worker import appender as module
 from worker.appender import Appender
 
@@ -188,6 +188,29 @@ async def test_what_is_wrong_with_one_stream_stops_no_other(
     assert not wrong.all_stands.is_set()
     await redis.rename("aside", log)
     await wrong.stands()
+
+
+async def test_what_is_wrong_with_many_streams_is_told_in_one_line(
+    redis: Redis, counted: CountedLog, caplog: Any
+) -> None:
+    some = await writers(redis, counted, 3)
+    logs = [keys.log(writer.claim.stream_id) for writer in some]
+    for log in logs:
+        await redis.rename(log, f"aside {log}")
+        await redis.set(log, "no stream")
+    for writer in some:
+        writer.say("a")
+
+    async def told() -> bool:
+        return bool(caplog.records)
+
+    await until(told)
+    first = caplog.records[0].msg
+    assert (first["event"], first["streams"]) == ("append_refused", 3)
+    for log in logs:
+        await redis.rename(f"aside {log}", log)
+    for writer in some:
+        await writer.stands()
 
 
 async def test_an_appender_that_dies_lets_its_attempts_go_and_serves_those_that_come(

@@ -294,6 +294,17 @@ async def test_an_operator_reads_which_answer_failed_and_why(
     assert "level=warning" in failed
     assert "event=failed" in failed
     assert "code=upstream_unavailable" in failed
+    assert 'reason="The model service is not available: ask again."' in failed
+
+
+async def test_an_operator_reads_how_long_an_answer_took_and_how_much_it_was(
+    log: NotedLog, claims: Claims, upstream: Upstream, caplog: Any
+) -> None:
+    claim = await claimed(log, claims, chunks=3, delay_ms=20)
+    await run(generation(claim, log, upstream))
+    [end] = [each.msg for each in caplog.records if each.msg.get("event") == "completed"]
+    assert end["chunks"] == (await log.read(claim.stream_id))[-1].value()["chunks"]
+    assert 0 < end["first_seconds"] < end["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,19 @@ async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(
             assert news == [("subscribed", "a")]
 
 
+async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(
+    redis: Redis, caplog: Any
+) -> None:
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await ear.next()
+        await kill_subscribers(redis)
+        assert await ear.next(2) == [("lost",), ("subscribed", "a")]
+    lost, back = [record.msg for record in caplog.records]
+    assert (lost["event"], lost["level"]) == ("redis_lost", "warning")
+    assert (back["event"], back["seconds"] >= 0) == ("redis_back", True)
+
+
 async def test_a_redis_that_falls_silent_is_given_up(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

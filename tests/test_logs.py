@@ -60,6 +60,15 @@ def test_as_json_each_line_is_an_object(capsys: pytest.CaptureFixture[str]) -> N
     assert second == {"level": "warning", "process": "worker", "event": "port 80\nis taken"}
 
 
+def test_a_warning_whose_numbers_alone_differ_is_not_repeated_either(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with configured("worker", "json"):
+        for streams in (1, 2, 3):
+            get_logger("worker").warning("append_refused", streams=streams, error="OOM")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_warning_is_not_repeated_for_a_while_unless_it_is_of_another_stream(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,14 +82,15 @@ class Appender:
             logger.warning("append_failed", streams=len(self._taken), error=type(error).__name__)
             await self._later(self._taken)
             return
-        refused = []
-        for (writer, batch), outcome in zip(self._taken.items(), outcomes, strict=True):
+        refused: dict[Writer, ResponseError] = {}
+        for writer, outcome in zip(self._taken, outcomes, strict=True):
             if isinstance(outcome, ResponseError):
-                logger.warning("append_refused", stream=batch.stream_id, error=str(outcome))
-                refused.append(writer)
+                refused[writer] = outcome
             else:
                 writer.settle(outcome)
         if refused:
+            example = str(next(iter(refused.values())))
+            logger.warning("append_refused", streams=len(refused), error=example)
             await self._later(refused)
 
     async def _later(self, failed: Iterable[Writer]) -> None:

@@ -164,7 +164,7 @@ class ClaimingWorker(Worker):
             del self.tasks["claim"]
 
     def _begin(self, claim: Claim) -> None:
-        logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt)
+        logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt, times=claim.ordinal)
         if earlier := self._held.get(claim.stream_id):
             # Redis forgot that it was ours and gave it to us once more.
             earlier.on_lost()

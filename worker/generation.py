@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from relay.chunks import Compactor
@@ -45,6 +46,8 @@ class Generation:
         self._reader: asyncio.Task[None] | None = None
         self._cancel_asked = False
         self._lost = False
+        self._begun = time.monotonic()
+        self._first_seconds: float | None = None
 
     async def run(self) -> None:
         """Return when the terminal event stands in the log, or when this attempt may no longer
@@ -83,6 +86,8 @@ class Generation:
             raise Incomplete
 
     def _take(self, chunks: list[bytes]) -> None:
+        if self._first_seconds is None:
+            self._first_seconds = self._seconds()
         for chunk in chunks:
             self._line_up(*self._compactor.entries(chunk))
 
@@ -143,10 +148,18 @@ class Generation:
             self._over.set()
 
     def _tell_end(self, kind: str, data: str | bytes) -> None:
+        told = {**self._names, "chunks": self._compactor.chunks, "seconds": self._seconds()}
+        if self._first_seconds is not None:
+            told["first_seconds"] = self._first_seconds
         if kind == FAILED:
-            logger.warning(kind, **self._names, code=json.loads(data)["code"])
+            failure = json.loads(data)
+            logger.warning(kind, **told, code=failure["code"], reason=failure["message"])
         else:
-            logger.info(kind, **self._names)
+            logger.info(kind, **told)
+
+    def _seconds(self) -> float:
+        """Since the claim."""
+        return round(time.monotonic() - self._begun, 3)
 
     @property
     def _names(self) -> dict[str, Any]:
