@@ -12,7 +12,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from api import ai_sdk, chat_completions, openai_errors, page, problems, responses, webhook
+from api import (
+    ai_sdk,
+    chat_completions,
+    metrics,
+    openai_errors,
+    page,
+    problems,
+    responses,
+    webhook,
+)
 from api.body_limit import BodyLimit
 from api.hub import Hub
 from api.parts import ANY_MODEL, Parts
@@ -98,6 +107,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.cors_origins = settings.cors_origins
     problems.install(app, SHAPES)
     app.include_router(router)
+    app.include_router(metrics.router)
     app.include_router(chat_completions.router)
     app.include_router(responses.router)
     app.include_router(ai_sdk.router)

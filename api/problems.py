@@ -112,6 +112,8 @@ def answer_to(error: Exception, shape: Shape) -> Response:
     """Whatever has gone wrong, as an API says it."""
     match error:
         case RelayError():
+            if isinstance(error, QueueFull):
+                logger.warning("queue_full")
             return shape.refuse(_status_of(error), error.code, error.message)
         case RedisError():
             logger.warning("redis_away", error=type(error).__name__)

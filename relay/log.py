@@ -96,6 +96,16 @@ class State(NamedTuple):
     """API process -> number of viewers, Unix seconds of that report."""
 
 
+class Load(NamedTuple):
+    queued: int
+    oldest_seconds: float
+    """How long the first of the queue has waited; 0 if nobody waits."""
+    running: int
+    """Claims that stand, dead workers' among them until a sweep finds those."""
+    webhooks: int
+    """Ended streams of which somebody is still to be told."""
+
+
 class Log:
     """Guarantees: entries stand in the order of their ids, each once; `append` is the only way in
     after the birth; a closed log never grows again; an erased one stays erased.
@@ -243,6 +253,19 @@ class Log:
             place=None if rank is None else rank + 1,
             viewers={process.decode(): _report(report) for process, report in viewers.items()},
         )
+
+    async def load(self) -> Load:
+        """How much waits and runs, over all processes."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.zcard(keys.QUEUE)
+            pipe.zrange(keys.QUEUE, 0, 0, withscores=True)
+            pipe.zcard(keys.LEASES)
+            pipe.zcard(keys.WEBHOOKS)
+            (seconds, micros), queued, first, running, webhooks = await pipe.execute()
+        now = seconds + micros / 1e6
+        waited = max(0.0, now - first[0][1] / 1000) if first else 0.0
+        return Load(queued, waited, running, webhooks)
 
     async def lapsed(self, stream_ids: Sequence[str]) -> set[str]:
         """Those of these streams whose worker let its lease lapse, and which no sweep found yet.

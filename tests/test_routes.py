@@ -149,7 +149,7 @@ async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncCl
 
 
 async def test_a_full_queue_is_told_before_a_stream_exists(
-    settings: Settings, redis: Redis
+    settings: Settings, redis: Redis, caplog: Any
 ) -> None:
     async with running_api(changed(settings, queue_limit=2)) as api:
         for _ in range(2):
@@ -159,6 +159,7 @@ async def test_a_full_queue_is_told_before_a_stream_exists(
         assert code(response, 503) == "queue_full"
         assert int(response.headers["retry-after"]) > 0
         assert await redis.dbsize() == before
+    assert "queue_full" in [record.msg["event"] for record in caplog.records]
 
 
 async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) -> None:
@@ -343,6 +344,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/api/chat/{chat_id}/stop",
         "/healthz",
         "/readyz",
+        "/metrics",
     }
     events = paths["/streams/{stream_id}/events"]["get"]
     streamed = events["responses"]["200"]["content"]

@@ -1,0 +1,76 @@
+"""What an operator watches, on real processes' parts and a real Redis."""
+
+from typing import Any
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from relay import keys
+from relay.settings import Settings
+from tests.conftest import ask, changed, make_claims, running_api, until
+
+SHARED = {"relay_queued", "relay_oldest_queued_seconds", "relay_running", "relay_webhooks"}
+
+
+async def told(api: httpx2.AsyncClient) -> dict[str, float]:
+    response = await api.get("/metrics")
+    response.raise_for_status()
+    families = text_string_to_metric_families(response.text)
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+async def test_what_waits_and_what_runs_is_told_by_every_process(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(changed(settings, queue_limit=7)) as one, running_api(settings) as two:
+        for _ in range(3):
+            await ask(one)
+        [claim] = await make_claims(redis).claim(1)
+        await redis.zadd(keys.WEBHOOKS, {"somebody": 1})
+        [(first, score)] = await redis.zrange(keys.QUEUE, 0, 0, withscores=True)
+        await redis.zadd(keys.QUEUE, {first: score - 60_000})
+        for api in (one, two):
+            seen = await told(api)
+            assert (seen["relay_queued"], seen["relay_running"]) == (2, 1)
+            assert seen["relay_oldest_queued_seconds"] >= 60
+            assert seen["relay_webhooks"] == 1
+        assert (await told(one))["relay_queue_limit"] == 7
+        await make_claims(redis).hand_over(claim)
+
+
+async def test_an_empty_queue_has_no_oldest(settings: Settings) -> None:
+    async with running_api(settings) as api:
+        seen = await told(api)
+    assert (seen["relay_queued"], seen["relay_oldest_queued_seconds"]) == (0, 0)
+    assert (seen["relay_redis_up"], seen["relay_draining"]) == (1, 0)
+
+
+async def test_the_viewers_are_those_of_the_process_that_is_asked(settings: Settings) -> None:
+    async with running_api(settings) as one, running_api(settings) as two:
+        stream_id = await ask(one)
+        async with one.sse(f"/streams/{stream_id}/events") as source:
+            await anext(aiter(source))
+            assert (await told(one))["relay_viewers"] == 1
+            assert (await told(two))["relay_viewers"] == 0
+
+        async def nobody() -> bool:
+            return (await told(one))["relay_viewers"] == 0
+
+        await until(nobody)
+
+
+async def test_without_redis_the_rest_is_told(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> Any:
+        raise RedisConnectionError
+
+    monkeypatch.setattr("relay.log.Log.load", away)
+    async with running_api(settings) as api:
+        seen = await told(api)
+    assert not SHARED & seen.keys()
+    assert seen["relay_viewers"] == 0
+    assert seen["process_resident_memory_bytes"] > 0
