@@ -583,6 +583,21 @@ async def test_the_health_key_is_renewed_before_it_expires(
     assert lowest > 850
 
 
+async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
+    redis: Redis, settings: Settings, caplog: Any
+) -> None:
+    await redis.config_set("maxmemory-policy", "volatile-lru")
+    try:
+        async with running_worker(settings):
+
+            async def warned() -> bool:
+                return "redis_evicts" in [record.msg.get("event") for record in caplog.records]
+
+            await until(warned)
+    finally:
+        await redis.config_set("maxmemory-policy", "noeviction")
+
+
 async def test_one_of_two_workers_on_a_host_may_end_and_the_host_is_still_healthy(
     redis: Redis, settings: Settings
 ) -> None:

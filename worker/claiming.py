@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any
@@ -98,6 +99,7 @@ class ClaimingWorker(Worker):
             sweep_seconds = min(SWEEP_SECONDS, self._lease_seconds / 10)
             group.create_task(self._every(sweep_seconds, self._sweep))
             group.create_task(self._every(HEALTH_SECONDS, self._report_health))
+            group.create_task(self._warn_of_eviction())
             self._delivering = group.create_task(self._deliveries.run())
 
     def handle_sig_wait_for_completion(self, signum: Signals) -> None:
@@ -215,6 +217,13 @@ class ClaimingWorker(Worker):
         # arq skips a report that comes early, even one that makes up for a failed one.
         self._last_health_check = 0
         await self.record_health()
+
+    async def _warn_of_eviction(self) -> None:
+        """For want of memory Redis would forget answers under way, instead of refusing new ones."""
+        with suppress(RedisError):
+            policy = (await self._redis.info("memory"))["maxmemory_policy"]
+            if policy != "noeviction":
+                logger.warning("redis_evicts", policy=policy)
 
     async def _sweep(self) -> None:
         for stream_id, ended in await self._claims.sweep():
