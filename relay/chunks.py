@@ -143,7 +143,8 @@ class Compactor:
         self._frame: _Frame | None = None
         """Of chunks that are stored as their text; to parse them gives the same."""
         self._texts: list[str] = []
-        self._open_choices: set[int] = set()
+        self._finished: dict[int, bool] = {}
+        """Of each choice that began."""
         self.chunks = 0
         self.finish_reason: str | None = None
         self.usage: Chunk | None = None
@@ -186,7 +187,7 @@ class Compactor:
     @property
     def complete(self) -> bool:
         """Whether each choice that began also gave its finish_reason."""
-        return self.finish_reason is not None and not self._open_choices
+        return self.finish_reason is not None and all(self._finished.values())
 
     def _compact(self, rest: Chunk) -> Entry:
         text = _plain_text(rest)
@@ -207,9 +208,10 @@ class Compactor:
             index, reason = choice.get("index", 0), choice.get("finish_reason")
             if not reason:
                 if choice.get("delta"):
-                    self._open_choices.add(index)
+                    # A choice that has finished stays so: usage may come beside an empty delta.
+                    self._finished.setdefault(index, False)
                 continue
-            self._open_choices.discard(index)
+            self._finished[index] = True
             if index == 0 or self.finish_reason is None:
                 self.finish_reason = reason
 

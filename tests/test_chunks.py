@@ -59,6 +59,10 @@ LATE_FILTER = chunk(
     }
 )
 USAGE = chunk(usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
+# As OpenRouter has it.
+USAGE_BESIDE_NOTHING = chunk(
+    choice({"role": "assistant", "content": ""}), usage={"prompt_tokens": 3, "total_tokens": 5}
+)
 TOKEN = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
 
 
@@ -104,6 +108,7 @@ RECORDED: dict[str, list[Chunk]] = {
     ],
     "refusal": [ROLE, chunk(choice({"refusal": "I"})), chunk(choice({"refusal": " won't"})), STOP],
     "usage": [said("a", usage=None), said("b", usage=None), STOP, USAGE],
+    "usage beside nothing": [ROLE, said("a"), STOP, USAGE_BESIDE_NOTHING],
     "usage with every text": [said("a", usage={"n": 1}), said("b", usage={"n": 2}), said("c")],
     "fingerprint that changes": [
         said("a", system_fingerprint="fp_1"),
@@ -373,6 +378,8 @@ def second(reason: str | None = None, **delta: Any) -> Chunk:
         ([STOP], True, "stop"),
         ([said("a"), chunk(choice(reason=""))], False, None),
         ([said("a"), STOP, USAGE], True, "stop"),
+        ([said("a"), STOP, USAGE_BESIDE_NOTHING], True, "stop"),
+        ([said("a"), STOP, USAGE_BESIDE_NOTHING, second(content="b")], False, "stop"),
         ([said("a"), STOP, LATE_FILTER], True, "stop"),
         ([said("a"), STOP, chunk(choice(reason="content_filter"))], True, "content_filter"),
         ([said("a"), chunk(choice(reason="length"))], True, "length"),
