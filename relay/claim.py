@@ -20,6 +20,10 @@ from relay.settings import Settings
 
 Verdict = Literal["held", "cancel", "lost"]
 
+BYTES_AT_ONCE = 256 * 1024
+"""Of requests in one claim, and then no further job: a reply that takes longer than a client waits
+for it would be lost again each time. One request may be more."""
+
 INTERRUPTED = {
     "code": "interrupted",
     "message": "The answer was interrupted: ask again.",
@@ -94,8 +98,9 @@ class Claims:
         )
 
     async def claim(self, want: int) -> list[Claim]:
-        """Up to `want` jobs from the queue, oldest first. What Redis may have given to an earlier
-        call that did not hear of it goes back before, at no cost of a try."""
+        """Up to `want` jobs from the queue, oldest first, and fewer where their requests are large:
+        `emptied` tells whether it has more. What Redis may have given to an earlier call that did
+        not hear of it goes back before, at no cost of a try."""
         for unheard in tuple(self._unheard):
             await self._let_go(unheard, "")
             self._unheard.discard(unheard)
@@ -104,7 +109,14 @@ class Claims:
         try:
             rows = await self._claim(
                 keys=[keys.QUEUE, keys.LEASES],
-                args=[owner, want, self._lease_ms, keys.state("%s"), keys.job("%s")],
+                args=[
+                    owner,
+                    want,
+                    BYTES_AT_ONCE,
+                    self._lease_ms,
+                    keys.state("%s"),
+                    keys.job("%s"),
+                ],
             )
         except RedisError:
             self._unheard.add(owner)
@@ -158,3 +170,8 @@ class Claims:
             ],
         )
         return [Released(stream_id.decode(), kind.decode()) for stream_id, kind in rows]
+
+
+def emptied(claims: Sequence[Claim], want: int) -> bool:
+    """Whether a claim of so many left nothing in the queue: otherwise more may wait there."""
+    return len(claims) < want and sum(len(claim.request) for claim in claims) < BYTES_AT_ONCE

@@ -13,7 +13,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer
 from relay import keys
-from relay.claim import Claim, Claims, Released
+from relay.claim import BYTES_AT_ONCE, Claim, Claims, Released, emptied
 from relay.connection import connect
 from relay.errors import StreamLost
 from relay.events import COMPLETED, FAILED, STARTED, TEXT, entry
@@ -91,6 +91,19 @@ async def test_no_more_is_claimed_than_wanted(
 ) -> None:
     await create(log, waiting)
     assert len(await claims.claim(want)) == given
+
+
+async def test_a_claim_takes_jobs_of_so_many_bytes_and_one_at_least(
+    log: Log, claims: Claims
+) -> None:
+    sizes = [BYTES_AT_ONCE * 2, 10, BYTES_AT_ONCE // 2, BYTES_AT_ONCE // 2, 10]
+    ids = [(await log.create({"text": "x" * size})).stream_id for size in sizes]
+    taken, none_left = [], False
+    while not none_left:
+        got = await claims.claim(9)
+        taken.append([claim.stream_id for claim in got])
+        none_left = emptied(got, 9)
+    assert taken == [ids[:1], ids[1:4], ids[4:]]
 
 
 async def test_two_workers_never_hold_the_same_job(redis: Redis, log: Log) -> None:

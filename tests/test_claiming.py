@@ -146,6 +146,18 @@ async def test_a_job_that_came_before_the_worker_is_begun_at_its_start(
             assert kinds(await whole(redis, log, stream_id)) == ["queued", "started", "completed"]
 
 
+@pytest.mark.usefixtures("never_polling")
+async def test_what_one_claim_cannot_carry_is_taken_by_the_next_without_a_wake_up(
+    redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.claim.BYTES_AT_ONCE", 1)
+    ids = [await create(log, chunks=2) for _ in range(3)]
+    await redis.delete(keys.WAKE)
+    async with running_worker(settings):
+        for stream_id in ids:
+            assert (await whole(redis, log, stream_id, seconds=5))[-1].kind == "completed"
+
+
 async def test_a_lost_wake_token_is_made_good_by_the_slow_poll(
     redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

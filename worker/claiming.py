@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import keys
-from relay.claim import Claim, Claims
+from relay.claim import Claim, Claims, emptied
 from relay.listener import Listener
 from relay.logs import get_logger
 from worker.deliveries import Deliveries
@@ -143,8 +143,8 @@ class ClaimingWorker(Worker):
                 await self._slot_free.wait()
                 continue
             try:
-                taken = await self._claim(free)
-                if taken < free and self.allow_pick_jobs:
+                nothing_left = await self._claim(free)
+                if nothing_left and self.allow_pick_jobs:
                     self._waiting = True
                     await self._claims.wait_for_job(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
@@ -153,15 +153,16 @@ class ClaimingWorker(Worker):
             finally:
                 self._waiting = False
 
-    async def _claim(self, want: int) -> int:
-        """Take up to `want` jobs and begin them. At SIGTERM arq waits for its tasks, and so for a
-        claim that is on the wire: without an owner that knows of it, its jobs would be lost."""
+    async def _claim(self, want: int) -> bool:
+        """Begin up to `want` jobs; return whether none is left. At SIGTERM arq waits for its tasks,
+        and so for a claim that is on the wire: without an owner that knows of it, its jobs would be
+        lost."""
         claiming = self.tasks["claim"] = self.loop.create_task(self._claims.claim(want))
         try:
             claims = await claiming
             for claim in claims:
                 self._begin(claim)
-            return len(claims)
+            return emptied(claims, want)
         finally:
             del self.tasks["claim"]
 

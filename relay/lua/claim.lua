@@ -1,13 +1,13 @@
 -- Takes jobs off the queue: the attempt number and the lease come in one atom.
 -- KEYS: queue, leases
--- ARGV: owner, how many, lease_ms, state key pattern, job key pattern
+-- ARGV: owner, how many, bytes of requests after which no more, lease_ms, state and job key pattern
 -- Returns {id, attempt, ordinal, request, job} for each claim
 local queue, leases = unpack(KEYS)
-local owner, want, lease_ms, state_of, job_of = unpack(ARGV)
+local owner, want, most_bytes, lease_ms, state_of, job_of = unpack(ARGV)
 local now = now_ms()
-local claims = {}
+local claims, bytes = {}, 0
 
-while #claims < tonumber(want) do
+while #claims < tonumber(want) and bytes < tonumber(most_bytes) do
   local id = redis.call('ZPOPMIN', queue)[1]
   if not id then break end
   local state, job = string.format(state_of, id), string.format(job_of, id)
@@ -19,6 +19,7 @@ while #claims < tonumber(want) do
     local ordinal = redis.call('HINCRBY', state, 'claims', 1)
     redis.call('HINCRBY', state, 'tries', 1)
     redis.call('ZADD', leases, now + lease_ms, id)
+    bytes = bytes + #request
     claims[#claims + 1] = { id, attempt, ordinal, request, job_data }
   end
 end
