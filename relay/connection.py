@@ -145,6 +145,9 @@ class Lean(AbstractConnection):
         self._close()  # type: ignore[no-untyped-call]
 
     def error(self, text: str) -> Exception:
+        if "-READONLY " in text:
+            # Redis 6 puts that of a write in a script behind what it says of the script.
+            return ReadOnlyError(text)
         meant: Exception = self._parser.parse_error(text)  # type: ignore[no-untyped-call]
         return meant
 

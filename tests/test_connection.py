@@ -10,7 +10,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from cli.redis_server import RedisServer
+from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
 from relay.connection import connect, open_connection, script
 from relay.pipe import Replies
@@ -90,6 +90,26 @@ async def test_a_redis_that_is_the_master_no_more_is_looked_for_anew(
         await redis.replicaof("NO", "ONE")
         await redis.set("a", 3)
         assert await written(redis) == [True]
+
+
+@pytest.mark.parametrize("binary", ["whichever runs", "the one that packages carry"])
+async def test_a_script_finds_out_as_well_that_its_redis_is_the_master_no_more(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, binary: str
+) -> None:
+    """Redis 6 words that otherwise than Redis 7."""
+    if binary == "whichever runs":
+        path = redis_server.argv[0]
+    else:
+        monkeypatch.setenv("PATH", "")
+        path = find_redis_server()
+    async with running_redis(path, tmp_path) as server, connect(server.url) as redis:
+        claims = make_claims(redis)
+        await claims.sweep()
+        before = redis._pipe  # type: ignore[attr-defined]
+        await redis.replicaof("127.0.0.1", 1)
+        with pytest.raises(ReadOnlyError):
+            await claims.sweep()
+        assert before.closed
 
 
 async def written(redis: Redis) -> list[Any]:
