@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.connection import ANSWER_SECONDS
 from relay.errors import Garbled
 from worker import sse
 from worker.sse import Decoder
@@ -98,3 +99,10 @@ def test_an_event_without_an_end_does_not_fill_the_memory(monkeypatch: pytest.Mo
     assert decoder.feed(b"data: " + b"x" * 900) == []
     with pytest.raises(Garbled):
         decoder.feed(b"x" * 100)
+
+
+def test_an_event_is_refused_that_a_slow_link_to_redis_could_not_carry_in_one_call() -> None:
+    bytes_a_second = 10_000_000 // 8
+    decoder = Decoder()
+    with pytest.raises(Garbled):
+        decoder.feed(b"x" * int(ANSWER_SECONDS * bytes_a_second))

@@ -4,8 +4,9 @@ from codecs import BOM_UTF8
 
 from relay.errors import Garbled
 
-MOST_BYTES = 16 * 1024 * 1024
-"""Of one event. Nothing real comes near it; without it an endless line would fill the memory."""
+MOST_BYTES = 2 * 1024 * 1024
+"""Of one event. It goes to Redis in one call, and one that takes longer than a call may would be
+sent again for ever, and the worker's other streams with it. This much even 10 Mbit/s carry."""
 
 
 class Decoder:
