@@ -114,8 +114,8 @@ class Claims:
                     want,
                     BYTES_AT_ONCE,
                     self._lease_ms,
-                    keys.state("%s"),
-                    keys.job("%s"),
+                    self._live_ms,
+                    *(name("%s") for name in (keys.log, keys.state, keys.job)),
                 ],
             )
         except RedisError:

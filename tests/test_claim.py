@@ -177,15 +177,26 @@ async def test_a_lease_that_is_renewed_does_not_lapse(redis: Redis, log: Log) ->
     assert await places(redis) == ([], [stream_id])
 
 
-async def test_a_renewal_keeps_the_stream_from_expiring(redis: Redis, log: Log) -> None:
-    claims = make_claims(redis, live_ms=60_000)
+@pytest.fixture
+async def expiring(redis: Redis, log: Log) -> list[str]:
+    """The keys of a stream that waits, all of which expire soon."""
     [stream_id] = await create(log)
-    [claim] = await claims.claim(1)
     names = [keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)]
     for key in names:
         await redis.pexpire(key, 10_000)
-    await claims.renew([claim])
-    for key in names:
+    return names
+
+
+async def test_a_claim_keeps_the_stream_from_expiring(redis: Redis, expiring: list[str]) -> None:
+    await make_claims(redis, live_ms=60_000).claim(1)
+    for key in expiring:
+        assert await redis.pttl(key) > 50_000
+
+
+async def test_a_renewal_keeps_the_stream_from_expiring(redis: Redis, expiring: list[str]) -> None:
+    [claim] = await make_claims(redis, live_ms=10_000).claim(1)
+    await make_claims(redis, live_ms=60_000).renew([claim])
+    for key in expiring:
         assert await redis.pttl(key) > 50_000
 
 
