@@ -16,7 +16,7 @@ from redis.asyncio.connection import (
 )
 from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError
+from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from relay.pipe import Pipe
@@ -29,20 +29,34 @@ WAIT_SECONDS = 2
 
 def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_SECONDS) -> Redis:
     """A client whose every call ends: few connections, each with time limits."""
-    options: dict[str, Any] = dict(parse_url(url))
-    kind = options.pop("connection_class", Connection)
-    pool = _Pool(
-        **options,
-        connection_class=_LEAN[kind],
-        max_connections=connections,
-        timeout=WAIT_SECONDS,
-        socket_timeout=answer_seconds,
-        socket_connect_timeout=CONNECT_SECONDS,
-    )
-    redis = Piped(connection_pool=pool)
+    redis = Piped(connection_pool=_pool(url, connections, answer_seconds))
     redis.auto_close_connection_pool = True
     redis.answer_seconds = answer_seconds
     return redis
+
+
+def check(url: str) -> None:
+    """Raises ValueError for what is no URL of a Redis, and for options that redis-py cannot take:
+    it would say so with the first connection, in a process that runs."""
+    try:
+        _pool(url, 1, ANSWER_SECONDS).make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, AttributeError, RedisError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _pool(url: str, connections: int, answer_seconds: float) -> "_Pool":
+    options: dict[str, Any] = dict(parse_url(url))
+    options["connection_class"] = _LEAN[options.get("connection_class", Connection)]
+    # Whatever the URL says: leases count on the time limits, and replies are read in this one form.
+    ours = {
+        "max_connections": connections,
+        "timeout": WAIT_SECONDS,
+        "socket_timeout": answer_seconds,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "protocol": 2,
+        "decode_responses": False,
+    }
+    return _Pool(**(options | ours))
 
 
 def script(redis: Redis, name: str) -> AsyncScript:

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from redis.asyncio.connection import parse_url
 
+from relay.connection import check
 from relay.errors import ConfigurationError
 from relay.webhooks import Webhooks
 
@@ -107,9 +107,11 @@ class Settings(BaseSettings):
     @classmethod
     def _redis_url(cls, url: str) -> str:
         try:
-            parse_url(url)
+            check(url)
         except ValueError:
-            raise ValueError("must be a URL such as redis://HOST:6379/0") from None
+            raise ValueError(
+                "must be a URL such as redis://HOST:6379/0, with no options but those of redis-py"
+            ) from None
         return url
 
     @model_validator(mode="after")

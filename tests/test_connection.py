@@ -12,7 +12,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
-from relay.connection import connect, open_connection, script
+from relay.connection import ANSWER_SECONDS, WAIT_SECONDS, connect, open_connection, script
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
 from tests.redis_process import running_redis
@@ -69,6 +69,21 @@ async def test_of_many_calls_at_once_each_has_its_own_answer(
         texts = [str(number) for number in range(500)]
         answers = await asyncio.gather(*(redis.echo(text) for text in texts))
         assert [answer.decode() for answer in answers] == texts
+
+
+async def test_what_callers_count_on_holds_whatever_the_url_says(
+    redis_server: RedisServer,
+) -> None:
+    options = "socket_timeout=30&max_connections=1000&timeout=30&protocol=3&decode_responses=yes"
+    async with connect(f"{redis_server.url}&{options}", connections=2) as redis:
+        assert await redis.zadd("z", {"a": 1}) == 1
+        async with redis.pipeline() as pipe:
+            pipe.zrange("z", 0, -1, withscores=True)
+            assert await pipe.execute() == [[(b"a", 1.0)]]
+        pool: Any = redis.connection_pool
+        assert (pool.max_connections, pool.timeout) == (2, WAIT_SECONDS)
+        assert [each.socket_timeout for each in idle(redis)] == [ANSWER_SECONDS]
+        await redis.delete("z")
 
 
 async def test_a_redis_that_is_the_master_no_more_is_looked_for_anew(

@@ -168,6 +168,10 @@ def test_two_upstreams_are_refused(
         ("REDIS_URL", "http://localhost:6379"),
         ("REDIS_URL", "localhost:6379"),
         ("REDIS_URL", "redis://[x"),
+        ("REDIS_URL", "redis://host?nonsense=20"),
+        ("REDIS_URL", "redis://host?socket_timeout=soon"),
+        ("REDIS_URL", "redis://host?retry_on_error=all&retry_on_timeout=true"),
+        ("REDIS_URL", "rediss://host?ssl_cert_reqs=perhaps"),
         ("RELAY_PORT", "http"),
         ("RELAY_PORT", "65536"),
         ("RELAY_PORT", "-1"),
@@ -213,7 +217,16 @@ def test_a_stream_may_not_expire_before_its_lease(
         load(monkeypatch, environment)
 
 
-@pytest.mark.parametrize("url", ["redis://:pw@host:1/2", "rediss://host", "unix:///tmp/x?db=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:pw@host:1/2",
+        "rediss://host",
+        "rediss://host?ssl_cert_reqs=none&health_check_interval=30",
+        "redis://host?socket_timeout=5&max_connections=20",
+        "unix:///tmp/x?db=1",
+    ],
+)
 def test_every_way_to_a_redis_is_allowed(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     assert load(monkeypatch, {"REDIS_URL": url}).redis_url == url
 
