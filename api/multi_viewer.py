@@ -27,10 +27,16 @@ class Lane:
         self._noticed = len(feed.notices)
 
     @classmethod
-    def of_nothing(cls, stream_id: str, gone: StreamGone, cursor: Cursor | None) -> "Lane":
+    def of_nothing(cls, stream_id: str, gone: StreamGone, *, told: bool) -> "Lane":
         feed = Feed(stream_id)
         feed.end_as_gone(gone)
-        return cls(feed, cursor)
+        lane = cls(feed, None)
+        lane.told_gone = told
+        return lane
+
+    @property
+    def place(self) -> multiplexed.Place:
+        return multiplexed.TOLD_GONE if self.told_gone else self.cursor
 
     @property
     def over(self) -> bool:
@@ -40,9 +46,9 @@ class Lane:
         return self.feed.ended and self.cursor == self.feed.top
 
     def take(self, lanes: Sequence["Lane"]) -> bytes:
-        """What is new, as frames, some at a time; each has the cursors of all `lanes`."""
+        """What is new, as frames, some at a time; each has the places in all `lanes`."""
         if self.feed.gone is not None:
-            return self._tell_gone(self.feed.gone)
+            return self._tell_gone(self.feed.gone, lanes)
         if self._index is None and (self.cursor is None or self.feed.reaches(self.cursor)):
             self._index = self.feed.position(self.cursor)
         parts = self._notices()
@@ -51,15 +57,16 @@ class Lane:
             self._index += len(events)
             for event in events:
                 self.cursor = event.cursor
-                cursors = [lane.cursor for lane in lanes]
-                parts.append(multiplexed.encode(event, self.feed.stream_id, cursors))
+                places = [lane.place for lane in lanes]
+                parts.append(multiplexed.encode(event, self.feed.stream_id, places))
         return b"".join(parts)
 
-    def _tell_gone(self, gone: StreamGone) -> bytes:
+    def _tell_gone(self, gone: StreamGone, lanes: Sequence["Lane"]) -> bytes:
         if self.told_gone:
             return b""
         self.told_gone = True
-        return multiplexed.encode_gone(gone, self.feed.stream_id)
+        places = [lane.place for lane in lanes]
+        return multiplexed.encode_gone(gone, self.feed.stream_id, places)
 
     def _notices(self) -> list[bytes]:
         fresh = self.feed.notices[self._noticed :]

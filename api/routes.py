@@ -20,7 +20,7 @@ from api.wires import multiplexed, native, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
-from relay.log import Created
+from relay.log import GONE, Created
 from relay.logs import get_logger
 
 logger = get_logger("api")
@@ -141,11 +141,11 @@ def _names(stream_id: str) -> dict[str, str]:
     responses={
         200: {
             "description": "The events of all, as they come. `data` begins with `stream_id`; `id` "
-            "is one cursor for all. A stream that is gone is told by a `failed` of its own.",
+            "is one cursor for all. A stream that is gone is told by a `failed` of its own, once.",
             "content": {native.MEDIA_TYPE: _STREAMED[native.MEDIA_TYPE]},
         },
-        204: {"description": "You have all of them whole."},
-        **responses(400, 404, 422, 503),
+        204: {"description": "You have each of them whole, or were told that it is gone."},
+        **responses(400, 404, 410, 422, 503),
     },
 )
 async def several(
@@ -167,15 +167,17 @@ async def several(
     if not all(is_stream_id(stream_id) for stream_id in stream_ids):
         raise StreamUnknown("There is no stream with one of these ids.")
     given = last_event_id or last_event_id_in_query
-    cursors = multiplexed.split(given, len(stream_ids))
+    places = multiplexed.split(given, len(stream_ids))
     try:
-        lanes = [await _lane(watching, *pair) for pair in zip(stream_ids, cursors, strict=True)]
+        lanes = [await _lane(watching, *pair) for pair in zip(stream_ids, places, strict=True)]
     except RedisError:
         if _viewer_for(accept) is Viewer:
             return NotNow(headers=HEADERS)
         raise
-    if given and all(lane.over or lane.feed.gone is not None for lane in lanes):
+    if all(lane.over for lane in lanes):
         return Response(status_code=204)
+    if not any(places) and all(lane.feed.gone is not None for lane in lanes):
+        raise StreamGone(GONE)
     return MultiViewer(
         parts.hub,
         lanes,
@@ -183,11 +185,13 @@ async def several(
     )
 
 
-async def _lane(watching: Watching, stream_id: str, cursor: Cursor | None) -> Lane:
+async def _lane(watching: Watching, stream_id: str, place: multiplexed.Place) -> Lane:
+    if place == multiplexed.TOLD_GONE:
+        return Lane.of_nothing(stream_id, StreamGone(GONE), told=True)
     try:
-        return Lane(await watching.feed(stream_id), cursor)
+        return Lane(await watching.feed(stream_id), place)
     except StreamGone as gone:
-        return Lane.of_nothing(stream_id, gone, cursor)
+        return Lane.of_nothing(stream_id, gone, told=False)
 
 
 @router.get(

@@ -7,6 +7,7 @@ import httpx2
 import pytest
 
 from api.wires import multiplexed
+from api.wires.multiplexed import TOLD_GONE
 from relay.errors import MalformedCursor, StreamGone
 from relay.events import Cursor, Event
 from relay.ids import new_stream_id
@@ -22,16 +23,18 @@ def test_a_frame_names_its_stream_and_has_the_cursors_of_all() -> None:
     assert frame == b'id: 1-2..0-1\nevent: chunk\ndata: {"stream_id":"S","text":"a\\nb"}\n\n'
     frame = multiplexed.encode(Event(Cursor(0, 1), "queued", b"{}"), "S", [Cursor(0, 1)])
     assert frame == b'id: 0-1\nevent: queued\ndata: {"stream_id":"S"}\n\n'
-    frame = multiplexed.encode_gone(StreamGone("It is gone."), "S")
-    assert frame.startswith(b'event: failed\ndata: {"stream_id":"S","code":"stream_gone"')
+    frame = multiplexed.encode_gone(StreamGone("It is gone."), "S", [None, TOLD_GONE])
+    assert frame.startswith(b'id: .x\nevent: failed\ndata: {"stream_id":"S","code":"stream_gone"')
 
 
-@pytest.mark.parametrize("cursors", [[None], [Cursor(1, 2)], [None, Cursor(3, 4), None]])
-def test_a_cursor_of_several_is_read_as_it_was_written(cursors: list[Cursor | None]) -> None:
-    assert multiplexed.split(multiplexed.join(cursors), len(cursors)) == cursors
+@pytest.mark.parametrize(
+    "places", [[None], [Cursor(1, 2)], [None, Cursor(3, 4), None], [TOLD_GONE, None, TOLD_GONE]]
+)
+def test_a_cursor_of_several_is_read_as_it_was_written(places: list[multiplexed.Place]) -> None:
+    assert multiplexed.split(multiplexed.join(places), len(places)) == places
 
 
-@pytest.mark.parametrize("text", ["1-1", "1-1.1-1.1-1", "a.b", ".x", "1-1 .1-1"])
+@pytest.mark.parametrize("text", ["1-1", "1-1.1-1.1-1", "a.b", ".xx", ".X", "1-1 .1-1"])
 def test_a_cursor_that_was_never_handed_out_is_refused(text: str) -> None:
     with pytest.raises(MalformedCursor):
         multiplexed.split(text, 2)
@@ -101,6 +104,44 @@ async def test_a_stream_that_is_gone_is_told_and_holds_up_no_other(
     # Whoever comes back with what there was has it all.
     params = {"ids": f"{gone},{alive}", "last_event_id": of(alive, seen)[-1].id}
     assert (await stack.get(URL, params=params)).status_code == 204
+
+
+async def test_of_several_that_are_all_gone_a_first_request_learns_by_its_status(
+    api: httpx2.AsyncClient,
+) -> None:
+    ids = [new_stream_id(), new_stream_id()]
+    for cursor in ("", "."):
+        response = await api.get(URL, params={"ids": ",".join(ids), "last_event_id": cursor})
+        assert (response.status_code, response.json()["code"]) == (410, "stream_gone")
+
+
+async def test_the_loss_of_a_stream_is_told_once_to_who_comes_back(
+    stack: httpx2.AsyncClient,
+) -> None:
+    ids = [await ask(stack, chunks=2), await ask(stack, chunks=1, end="stall")]
+    seen: list[httpx2.ServerSentEvent] = []
+    while not any(event.event == "completed" for event in seen):
+        seen += await events(stack, ids, after=seen[-1].id if seen else "", most=1)
+    await stack.delete(f"/streams/{ids[1]}")
+    [lost] = await events(stack, ids, after=seen[-1].id)
+    assert (lost.event, data(lost)["code"]) == ("failed", "stream_gone")
+    assert data(lost)["stream_id"] == ids[1]
+    assert lost.id == f"{seen[-1].id.split('.')[0]}.x"
+    for given in ({"headers": {"last-event-id": lost.id}}, {"params": {"last_event_id": lost.id}}):
+        params = {"ids": ",".join(ids), **given.get("params", {})}
+        response = await stack.get(URL, params=params, headers=given.get("headers"))
+        assert response.status_code == 204
+
+
+async def test_what_was_told_to_be_gone_is_not_told_again_with_the_rest_of_others(
+    stack: httpx2.AsyncClient,
+) -> None:
+    ids = [new_stream_id(), await ask(stack, chunks=3)]
+    [told] = await events(stack, ids, most=1)
+    assert told.id == "x."
+    rest = await events(stack, ids, after=told.id)
+    assert {data(event)["stream_id"] for event in rest} == {ids[1]}
+    assert text_of(rest) == "0 1 2 "
 
 
 async def test_a_stream_erased_under_its_viewers_is_told(stack: httpx2.AsyncClient) -> None:

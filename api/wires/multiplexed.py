@@ -1,41 +1,54 @@
 """The native wire for several streams on one connection.
 
 `id:` is one cursor for all of them: their cursors in the order in which the streams were asked for,
-with dots between, nothing where a stream has none yet: `1-57..3-2`. `data:` names the stream first.
+with dots between, nothing where a stream has none yet: `1-57..3-2`, and `x` where it was told that
+the stream is gone: `1-57.x.3-2`. `data:` names the stream first.
 """
 
 from collections.abc import Sequence
+from typing import Final, Literal
 
 from api.wires import native
 from relay.errors import MalformedCursor, RelayError
 from relay.events import Cursor, Event
 
-
-def encode(event: Event, stream_id: str, cursors: Sequence[Cursor | None]) -> bytes:
-    """`cursors` are those that a viewer has once it has this event."""
-    return _named(native.encode(event), stream_id, join(cursors))
-
-
-def encode_gone(error: RelayError, stream_id: str) -> bytes:
-    return _named(native.encode_gone(error), stream_id, None)
+TOLD_GONE: Final = "x"
+Place = Cursor | Literal["x"] | None
+"""Where a viewer is in one of its streams."""
 
 
-def join(cursors: Sequence[Cursor | None]) -> str:
-    return ".".join(str(cursor) if cursor else "" for cursor in cursors)
+def encode(event: Event, stream_id: str, places: Sequence[Place]) -> bytes:
+    """`places` are those that a viewer has once it has this event."""
+    return _named(native.encode(event), stream_id, join(places))
 
 
-def split(text: str, count: int) -> list[Cursor | None]:
+def encode_gone(error: RelayError, stream_id: str, places: Sequence[Place]) -> bytes:
+    """It has an id, unlike on the native wire: whoever comes back for others is not told again."""
+    return _named(native.encode_gone(error), stream_id, join(places))
+
+
+def join(places: Sequence[Place]) -> str:
+    return ".".join(str(place) if place else "" for place in places)
+
+
+def split(text: str, count: int) -> list[Place]:
     """Raises MalformedCursor for what is no cursor of `count` streams."""
     parts = text.split(".") if text else [""] * count
     if len(parts) != count:
         raise MalformedCursor(f"A cursor of {count} streams has {count} parts, such as 1-57..3-2.")
-    return [Cursor.parse(part) if part else None for part in parts]
+    return [_parse(part) for part in parts]
 
 
-def _named(frame: bytes, stream_id: str, cursor: str | None) -> bytes:
+def _parse(part: str) -> Place:
+    if part == TOLD_GONE:
+        return TOLD_GONE
+    return Cursor.parse(part) if part else None
+
+
+def _named(frame: bytes, stream_id: str, cursor: str) -> bytes:
     lines = [line for line in frame.split(b"\n") if not line.startswith(b"id:")]
-    head = [b"id: " + cursor.encode()] if cursor is not None else []
-    return b"\n".join(head + [_with_name(line, stream_id) for line in lines])
+    named = [_with_name(line, stream_id) for line in lines]
+    return b"\n".join([b"id: " + cursor.encode(), *named])
 
 
 def _with_name(line: bytes, stream_id: str) -> bytes:
