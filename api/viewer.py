@@ -1,7 +1,7 @@
 """A viewer: one response that follows a feed. It is an index into it and nothing more."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -141,6 +141,8 @@ class HeldViewer(Viewer):
     them is an error by its status. What it has said cannot be taken back."""
 
     _written = False
+    _silent = 0
+    """The index up to which the newest attempt has said nothing."""
 
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
@@ -174,16 +176,14 @@ class HeldViewer(Viewer):
 
     def _speaks(self) -> bool:
         """Whether there is anything to begin with, other than that there will be nothing."""
-        return any(
-            frame and event.kind not in {FAILED, CANCELLED} for event, frame in self._framed()
-        )
-
-    def _framed(self) -> Iterator[tuple[Event, bytes]]:
-        """The events of the newest attempt with their frames."""
-        start = self._feed.position(None)
-        while frames := self._feed.frames(self.wire, start):
-            yield from zip(self._feed.events[start:], frames, strict=False)
-            start += len(frames)
+        # Else each chunk of a long thought would be looked at again with every one that follows.
+        self._silent = max(self._silent, self._feed.position(None))
+        while frames := self._feed.frames(self.wire, self._silent):
+            for frame in frames:
+                if frame and self._feed.events[self._silent].kind not in {FAILED, CANCELLED}:
+                    return True
+                self._silent += 1
+        return False
 
     def _failure(self, over: asyncio.Future[Exit]) -> Response | None:
         """What is answered instead if it ended, or must go, before it spoke."""

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 from starlette.types import Message, Receive, Scope, Send
 
-from api.feed import FRAMES_AT_ONCE, Feed
+from api.feed import FRAMES_AT_ONCE, Feed, Wire
 from api.hub import Hub
 from api.viewer import TextViewer, Viewer
 from relay.errors import StreamGone
@@ -19,6 +19,7 @@ from relay.events import (
     QUEUED,
     STARTED,
     TEXT,
+    WHOLE,
     Cursor,
     Entry,
     Event,
@@ -494,6 +495,32 @@ async def test_a_new_attempt_before_the_first_text_goes_unnoticed(hub: Hub) -> N
         await taker.has(b"second")
         await asyncio.sleep(0)
     assert (taker.body, taker.ended) == (b"second", True)
+
+
+async def test_before_its_first_text_a_viewer_looks_at_each_chunk_once(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at, frames = 0, Feed.frames
+
+    def counted(feed: Feed, wire: Wire, start: int) -> list[bytes]:
+        nonlocal looked_at
+        piece = frames(feed, wire, start)
+        looked_at += len(piece)
+        return piece
+
+    monkeypatch.setattr(Feed, "frames", counted)
+    log = Log()
+    log.add(STARTS)
+    async with viewing(text_viewer(hub, log)) as taker:
+        for _ in range(100):
+            log.add(entry(WHOLE, {"chunk": {"choices": [{"delta": {"reasoning": "hm"}}]}}))
+            await asyncio.sleep(0)
+        log.begin_anew()
+        await asyncio.sleep(0)
+        assert looked_at <= 110
+        log.add(*text("said"), ENDS)
+        await taker.over.wait()
+    assert (taker.body, taker.ended) == (b"said", True)
 
 
 async def test_text_breaks_off_when_the_stream_goes_away_or_the_process_drains(hub: Hub) -> None:
