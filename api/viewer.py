@@ -162,13 +162,19 @@ class HeldViewer(Viewer):
 
     def _take(self, index: int) -> tuple[bytes, int]:
         frames = self._feed.frames(self.wire, index)
-        events = self._feed.events[index : index + len(frames)]
-        upto = next((i for i, event in enumerate(events) if self._breaks(event)), len(events))
-        if events and upto == 0:
+        upto = 0
+        for frame in frames:
+            if self._breaks(self._feed.events[index + upto]):
+                break
+            self._written = self._written or bool(frame)
+            upto += 1
+        if frames and upto == 0:
             raise Superseded
-        body = b"".join(frames[:upto])
-        self._written = self._written or bool(body)
-        return body, upto
+        return b"".join(frames[:upto]), upto
+
+    def _rides(self) -> bool:
+        # What riders write is not seen here, so the attempt after it would be spliced to it.
+        return self._written
 
     def _breaks(self, event: Event) -> bool:
         """Whether what was written so far is no longer true."""

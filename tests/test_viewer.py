@@ -475,6 +475,28 @@ async def test_text_of_two_attempts_is_never_mixed(hub: Hub) -> None:
     assert (taker.body, taker.ended) == (b"first", False)
 
 
+@pytest.mark.parametrize("together", [False, True])
+async def test_text_of_two_attempts_is_never_mixed_though_the_one_it_began_for_was_never_written(
+    hub: Hub, together: bool
+) -> None:
+    log = Log()
+    log.add(STARTS, *text("first"))
+    async with viewing(text_viewer(hub, log)) as taker:
+        taker.reading.clear()
+        await asyncio.sleep(0)  # It has come, and waits until its headers are taken.
+        log.begin_anew()
+        taker.reading.set()
+        for _ in range(5):  # It has all there is: nothing.
+            await asyncio.sleep(0)
+        log.add(*text("second"))
+        if not together:
+            await taker.has(b"second")
+        log.begin_anew()
+        log.add(*text("third"), ENDS)
+        await taker.over.wait()
+    assert (taker.body, taker.ended) == (b"second", False)
+
+
 async def test_a_text_viewer_that_has_text_of_an_attempt_gets_none_of_another(hub: Hub) -> None:
     log = Log()
     log.add(STARTS, *text("old half"))
