@@ -148,6 +148,9 @@ class Hub:
     async def _read_first(self, feed: Feed) -> None:
         """First the channel, then the log: what comes between the two is in both."""
         try:
+            if feed.gone is not None:
+                # Erased already, with its channel dropped: asked for now, it would stay for ever.
+                raise feed.gone
             await self._subscribe(feed)
             feed.add(await self._log.read(feed.stream_id), read=True)
             if feed.ended:
@@ -165,6 +168,9 @@ class Hub:
 
     async def _overtake(self, feed: Feed) -> None:
         """Of one that was born before its channel stood."""
+        if self._feeds.get(feed.stream_id) is not feed:
+            # Let go of already, with its channel dropped: asked for now, it would stay for ever.
+            return
         await self._subscribe(feed)
         await self._catch_up(feed)
 

@@ -466,7 +466,35 @@ async def test_a_viewer_that_leaves_while_a_birth_is_overtaken_leaves_nothing_be
     await asyncio.sleep(0)  # The channel is asked for; it does not stand yet.
     hub.leave(feed)
     await _sees(hub, stream_id, b"started")
+    await _nothing_runs(hub)
 
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_viewer_that_leaves_before_its_birth_is_overtaken_keeps_no_channel(
+    hub: Hub, redis: Redis, connected: bool
+) -> None:
+    if not connected:
+        hub = Hub(redis, make_log(redis), cache_bytes=0, retention_seconds=60)
+    feed = hub.expect(new_stream_id())
+    await Writer(redis).create(feed.stream_id)
+    hub.born(feed, heard=False)
+    hub.leave(feed)
+    await _nothing_runs(hub)
+    assert hub._listener._channels == {keys.CONTROL}
+
+
+async def test_a_stream_that_is_erased_before_its_first_read_keeps_no_channel(
+    hub: Hub, writer: Writer
+) -> None:
+    entering = asyncio.create_task(hub.enter(writer.stream_id))
+    await asyncio.sleep(0)  # The read is about to begin.
+    hub._heard(keys.CONTROL, f"erase {writer.stream_id}".encode())
+    with pytest.raises(StreamGone):
+        await entering
+    assert hub._listener._channels == {keys.CONTROL}
+
+
+async def _nothing_runs(hub: Hub) -> None:
     async def nothing_runs() -> bool:
         return not hub._tasks
 
