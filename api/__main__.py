@@ -4,6 +4,7 @@ import sys
 
 from api.app import create_app
 from api.server import create_server
+from relay.descriptors import allow_every_descriptor
 from relay.errors import ConfigurationError
 from relay.heap import spare_the_collector
 from relay.logs import configure_logs
@@ -18,6 +19,7 @@ def main() -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
         return 2
+    allow_every_descriptor()
     spare_the_collector()
     server.run()
     return 0 if server.started else 1

@@ -235,6 +235,14 @@ def worker_env(settings: Settings) -> dict[str, str]:
     } | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
 
 
+FEW = 64
+
+
+def few_descriptors(argv: Sequence[str]) -> list[str]:
+    """The same process with a soft limit that is FEW, and the hard one as it is."""
+    return ["sh", "-c", f'ulimit -S -n {FEW} && exec "$@"', "sh", *argv]
+
+
 @asynccontextmanager
 async def worker_process(
     env: dict[str, str], tmp_path: Path, *arguments: str

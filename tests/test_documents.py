@@ -68,6 +68,11 @@ def test_compose_has_a_health_check_for_all_that_must_live() -> None:
     assert "ports" not in services["worker"], "a worker that holds a port cannot be scaled"
 
 
+def test_compose_lets_its_processes_have_a_socket_for_each_viewer_and_answer() -> None:
+    services = yaml.safe_load(read("docker-compose.yml"))["services"]
+    assert all(services[name]["ulimits"] == {"nofile": 65536} for name in ("api", "worker"))
+
+
 def test_the_image_has_what_every_setting_needs_in_the_versions_that_are_tested() -> None:
     tested, of_the_image = pins("run"), pins("entra")
     assert tested.items() <= of_the_image.items()

@@ -20,7 +20,7 @@ from api.server import SEND_BYTES, Connection, Server, create_server
 from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay.settings import MIB, Settings
-from tests.conftest import asking, changed, running_worker, until
+from tests.conftest import FEW, asking, changed, few_descriptors, running_worker, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' sockets")
 
@@ -558,6 +558,26 @@ async def test_a_second_signal_ends_at_once(
     finally:
         with suppress(ProcessLookupError):
             process.kill()
+        await process.wait()
+
+
+async def test_a_process_that_may_have_few_descriptors_by_default_serves_more_viewers_than_those(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
+    env |= {"RELAY_DRAIN_SECONDS": "0", "RELAY_HOST": "127.0.0.1"}
+    process = await asyncio.create_subprocess_exec(*few_descriptors(module("api")), env=env)
+    try:
+        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+        request = events(await ask(port))
+        async with AsyncExitStack() as stack, asyncio.timeout(20):
+            for _ in range(2 * FEW):
+                reader, writer = await stack.enter_async_context(connected(port))
+                writer.write(request)
+                await reader.readuntil(b"queued")
+    finally:
+        process.kill()
         await process.wait()
 
 

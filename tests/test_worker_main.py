@@ -1,17 +1,19 @@
 import asyncio
+import resource
 import signal
-from asyncio.subprocess import Process
+from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from cli.processes import module
 from emulator.app import Emulator
 from relay import keys
 from relay.log import Log
 from relay.settings import Settings
-from tests.conftest import asking, worker_env, worker_process
+from tests.conftest import asking, few_descriptors, worker_env, worker_process
 
 
 @pytest.fixture
@@ -149,3 +151,18 @@ async def test_a_worker_that_starts_before_redis_waits_for_it(
                 pass
         process.terminate()
         assert (await ended(process, 2))[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a call of Linux")
+async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    worker = few_descriptors(module("worker"))
+    process = await asyncio.create_subprocess_exec(*worker, env=env, cwd=tmp_path, stderr=PIPE)
+    try:
+        await ready(process)
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
+    finally:
+        process.kill()
+        await process.communicate()

@@ -5,6 +5,7 @@ import sys
 
 from arq import Worker
 
+from relay.descriptors import allow_every_descriptor
 from relay.errors import ConfigurationError
 from relay.heap import spare_the_collector
 from relay.logs import configure_logs
@@ -22,6 +23,7 @@ def main() -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
         return 2
+    allow_every_descriptor()
     spare_the_collector()
     worker.run()
     return 0
