@@ -68,6 +68,13 @@ def test_compose_has_a_health_check_for_all_that_must_live() -> None:
     assert "ports" not in services["worker"], "a worker that holds a port cannot be scaled"
 
 
+def test_compose_builds_its_image_once_for_all_that_run_it() -> None:
+    services = yaml.safe_load(read("docker-compose.yml"))["services"]
+    users = [name for name, service in services.items() if service["image"] == "chat-relay"]
+    assert users == ["api", "worker", "demo"]
+    assert [name for name, service in services.items() if "build" in service] == ["api"]
+
+
 def test_compose_lets_its_processes_have_a_socket_for_each_viewer_and_answer() -> None:
     services = yaml.safe_load(read("docker-compose.yml"))["services"]
     assert all(services[name]["ulimits"] == {"nofile": 65536} for name in ("api", "worker"))
