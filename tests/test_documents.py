@@ -1,13 +1,20 @@
 """What stands in files that nothing runs: they must say what is."""
 
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from api.problems import TITLES
-from relay.settings import Settings
-from tests.conftest import ROOT, variables
+from cli.processes import free_port, spawn
+from cli.redis_server import find_redis_server
+from relay.connection import connect
+from relay.settings import MIB, Settings
+from tests.conftest import ROOT, until, variables
 
 
 def read(name: str) -> str:
@@ -56,6 +63,31 @@ def test_compose_passes_every_setting_on_that_its_containers_can_use() -> None:
 def test_the_example_names_only_settings_that_exist() -> None:
     example = re.findall(r"^#? ?([A-Z_]+)=", read(".env.example"), re.MULTILINE)
     assert set(example) <= set(variables())
+
+
+async def test_the_redis_of_compose_can_be_full_and_keeps_all_by_its_append_only_file(
+    tmp_path: Path,
+) -> None:
+    service = yaml.safe_load(read("docker-compose.yml"))["services"]["redis"]
+    words = [word.replace("${RELAY_REDIS_MEMORY:-2gb}", "2gb") for word in service["command"]]
+    port = free_port("127.0.0.1", 0)
+    argv = [find_redis_server(), *words[1:], "--port", str(port), "--dir", str(tmp_path)]
+    process = await spawn(argv)
+    try:
+        async with connect(f"redis://127.0.0.1:{port}") as redis:
+            await until(lambda: answers(redis))
+            told = await redis.config_get()
+    finally:
+        process.kill()
+        await process.wait()
+    assert (told["maxmemory"], told["maxmemory-policy"]) == (str(2048 * MIB), "noeviction")
+    assert (told["save"], told["appendonly"]) == ("", "yes")
+
+
+async def answers(redis: Redis) -> bool:
+    with suppress(RedisError):
+        return bool(await redis.ping())
+    return False
 
 
 def test_compose_has_a_health_check_for_all_that_must_live() -> None:
