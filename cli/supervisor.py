@@ -17,7 +17,7 @@ from relay.errors import ConfigurationError
 READY_SECONDS = 30.0
 RESTART_SECONDS = 30.0
 BACKOFF_SECONDS = (0.0, 0.25, 0.5, 1.0)  # one more death within RESTART_SECONDS ends it all
-STOP_SECONDS = (3.0, 3.5, 4.0)  # when the children of each stage are killed, from the first signal
+STOP_SECONDS = (1.0, 1.5, 2.0)  # when the children of each stage are killed, from the longest grace
 FRONT, UPSTREAM, STORE = range(3)  # the stages, in the order in which they are stopped
 
 Ready = Callable[[Process], Awaitable[None]]
@@ -38,6 +38,7 @@ class Child:
     stage: int = FRONT
     pass_fds: Sequence[int] = ()
     piped: bool = False
+    grace: float = 2.0  # seconds that it may need to end in order
 
 
 class Ended(Exception):
@@ -54,7 +55,8 @@ class Supervisor:
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
-        """End every child in order, within 5 s; a second call kills what is left at once."""
+        """End every child in order, within 3 s and the longest grace among them; a second call
+        kills what is left at once."""
         if self._stop.is_set():
             _send_all(self.processes.values(), signal.SIGKILL)
         self._stop.set()
@@ -123,11 +125,12 @@ class Supervisor:
             await asyncio.gather(ended, answers, return_exceptions=True)
 
     async def _end_all(self) -> None:
-        begun = asyncio.get_running_loop().time()
+        grace = max((child.grace for child in self.children), default=0.0)
+        latest = asyncio.get_running_loop().time() + grace
         for stage, seconds in enumerate(STOP_SECONDS):
             names = {child.name for child in self.children if child.stage == stage}
             stage_processes = [self.processes[name] for name in names & self.processes.keys()]
-            left = begun + seconds - asyncio.get_running_loop().time()
+            left = latest + seconds - asyncio.get_running_loop().time()
             await _end(stage_processes, left)
 
 

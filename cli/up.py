@@ -21,15 +21,20 @@ REAL_SERVICE = (
 )
 KEY_ALONE = " Of these OPENAI_API_KEY is set, and does nothing without OPENAI_MODEL."
 
+API_CLOSES_SECONDS = 2.0  # what an API may need after its drain
+
 
 def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child]:
     """The children of `relay up`, in the order of their start. `redis` is open, or None."""
     env = module_env() | {"RELAY_HOST": settings.host, "RELAY_PORT": str(port)}
     env["REDIS_URL"] = redis.url if redis else settings.redis_url
+    grace, drain = settings.grace_seconds, settings.drain_seconds
     if "grace_seconds" not in settings.model_fields_set:
-        env["RELAY_GRACE_SECONDS"] = "2"  # Ctrl-C is to end everything within 5 s.
+        # Ctrl-C is to end everything within 5 s.
+        grace, env["RELAY_GRACE_SECONDS"] = 2.0, "2"
     if "drain_seconds" not in settings.model_fields_set:
-        env["RELAY_DRAIN_SECONDS"] = "0"  # There is no other process to spread the viewers over.
+        # There is no other process to spread the viewers over.
+        drain, env["RELAY_DRAIN_SECONDS"] = 0.0, "0"
     children = []
     if redis:
         children.append(Child("redis", redis.argv, os.environ, redis.ready, STORE, redis.pass_fds))
@@ -45,9 +50,9 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
             "AZURE_OPENAI_CHATGPT_DEPLOYMENT": "demo",
         }
     workers = range(1, settings.workers + 1)
-    children += [Child(f"worker {number}", module("worker"), env) for number in workers]
+    children += [Child(f"worker {n}", module("worker"), env, grace=grace) for n in workers]
     readyz = answers_at(f"{base_url(settings.host, port)}/readyz")
-    return [*children, Child("api", module("api"), env, readyz)]
+    return [*children, Child("api", module("api"), env, readyz, grace=drain + API_CLOSES_SECONDS)]
 
 
 def describe(console: Console, settings: Settings, port: int, redis: RedisServer | None) -> None:

@@ -8,6 +8,7 @@ import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -15,8 +16,13 @@ import typer
 
 from cli import main
 from cli.processes import free_port
+from cli.redis_server import find_redis_server
 from emulator.script import prompt
+from relay import keys
 from relay.client import Client, Update
+from relay.connection import connect
+from tests.conftest import ask
+from tests.redis_process import running_redis
 
 
 @pytest.fixture
@@ -28,10 +34,10 @@ async def url(tmp_path: Path) -> AsyncIterator[str]:
         await interrupt(up)
 
 
-async def start_up(folder: Path) -> tuple[Process, str, str]:
+async def start_up(folder: Path, **variables: str) -> tuple[Process, str, str]:
     """`relay up`, its URL, and what it has printed when it is ready."""
     port = free_port("127.0.0.1", 0)
-    up = await relay("up", "--port", str(port), folder=folder)
+    up = await relay("up", "--port", str(port), folder=folder, **variables)
     assert up.stdout is not None
     printed = ""
     while "Ctrl-C stops everything" not in printed:
@@ -99,6 +105,26 @@ async def test_streams_survive_a_restart_of_everything(tmp_path: Path) -> None:
         await interrupt(up)
     assert '"kept"' in again
     assert again.split("event: started")[1] == whole.split("event: started")[1]
+
+
+async def test_workers_have_all_of_their_grace_and_hand_over_what_outlasts_it(
+    tmp_path: Path,
+) -> None:
+    async with asyncio.timeout(40):
+        up, url, _ = await start_up(tmp_path, RELAY_GRACE_SECONDS="3.2")
+        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+            stream_id = await ask(http, chunks=1, end="stall")
+            async with http.sse(f"/streams/{stream_id}/events") as events:
+                await anext(event async for event in events if event.event == "chunk")
+        await interrupt(up)
+    async with (
+        running_redis(find_redis_server(), tmp_path / ".relay") as server,
+        connect(server.url) as redis,
+    ):
+        state: Any = redis.hget(keys.state(stream_id), "tries")
+        assert await state == b"0"
+        assert await redis.zcard(keys.QUEUE) == 1
+        assert await redis.zcard(keys.LEASES) == 0
 
 
 async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def test_what_the_user_has_is_used_instead_of_starting_it(monkeypatch: pytest.Mo
     assert {child.env["RELAY_GRACE_SECONDS"] for child in children} == {"9"}
     assert {child.env["RELAY_DRAIN_SECONDS"] for child in children} == {"8"}
     assert not any("AZURE_OPENAI_ENDPOINT" in child.env for child in children)
+    first, second, api = children
+    assert (first.grace, second.grace) == (9, 9)
+    assert api.grace > 8
 
 
 async def relay(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
