@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 from asyncio.subprocess import Process
+from collections.abc import Callable
 from pathlib import Path
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, RedisError
 
 from relay.errors import ConfigurationError
 
@@ -40,9 +41,12 @@ class RedisServer:
     that holds it.
     """
 
-    def __init__(self, binary: str, data: Path) -> None:
+    def __init__(
+        self, binary: str, data: Path, report: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.binary = binary
         self.data = data.resolve()
+        self._report = report
         self._folder = ""
         self.url = ""
         self.argv: list[str] = []
@@ -78,13 +82,19 @@ class RedisServer:
         self.pass_fds = ()
 
     async def ready(self, process: Process) -> None:
-        """Return when PING is answered; a server that still loads its data does not count."""
+        """Return when PING is answered. A server that says it loads its data has all the time."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(READY_SECONDS), Redis.from_url(self.url) as redis:
+            async with asyncio.timeout(READY_SECONDS) as limit, Redis.from_url(self.url) as redis:
                 while process.returncode is None:
-                    with contextlib.suppress(RedisError, OSError):
+                    try:
                         await redis.ping()
                         return
+                    except BusyLoadingError:
+                        if limit.when() is not None:
+                            limit.reschedule(None)
+                            self._report(f"Redis loads its data in {self.data}: waiting for it.")
+                    except (RedisError, OSError):
+                        pass
                     await asyncio.sleep(0.02)
         raise ConfigurationError(
             f"{self.binary} did not answer on {self.data}: its last lines above say why."

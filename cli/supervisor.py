@@ -39,6 +39,7 @@ class Child:
     pass_fds: Sequence[int] = ()
     piped: bool = False
     grace: float = 2.0  # seconds that it may need to end in order
+    bounded: bool = True  # `ready` has no limit of its own
 
 
 class Ended(Exception):
@@ -176,7 +177,7 @@ def _send_all(processes: Iterable[Process], number: signal.Signals) -> None:
 
 async def _in_time(child: Child, process: Process) -> None:
     try:
-        async with asyncio.timeout(READY_SECONDS):
+        async with asyncio.timeout(READY_SECONDS if child.bounded else None):
             await child.ready(process)
     except TimeoutError:
         raise Ended(f"{child.name} was not ready within {READY_SECONDS:.0f} s.") from None

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 from rich.panel import Panel
@@ -37,7 +38,8 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
         drain, env["RELAY_DRAIN_SECONDS"] = 0.0, "0"
     children = []
     if redis:
-        children.append(Child("redis", redis.argv, os.environ, redis.ready, STORE, redis.pass_fds))
+        store = Child("redis", redis.argv, os.environ, redis.ready, STORE, redis.pass_fds)
+        children.append(replace(store, bounded=False))
     if settings.upstream is None:
         # A port chosen here and not by the child: started again it must stand where workers look.
         demo = free_port("127.0.0.1", 0)
@@ -96,7 +98,7 @@ async def up(settings: Settings, console: Console) -> int:
     with contextlib.ExitStack() as stack:
         redis = None
         if "redis_url" not in settings.model_fields_set:
-            redis = RedisServer(find_redis_server(settings.redis_server), settings.data)
+            redis = RedisServer(find_redis_server(settings.redis_server), settings.data, report)
             redis.open()
             stack.callback(redis.close)
         supervisor = Supervisor(plan(settings, port, redis), report)

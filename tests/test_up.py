@@ -5,11 +5,14 @@ from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from cli.processes import module, module_env
-from cli.redis_server import RedisServer
+from cli.redis_server import RedisServer, find_redis_server
 from cli.up import plan
 from relay.settings import load_settings
+from tests.redis_process import running_redis
+from tests.test_supervisor import running
 
 
 @pytest.fixture
@@ -55,6 +58,30 @@ def test_what_the_user_has_is_used_instead_of_starting_it(monkeypatch: pytest.Mo
     first, second, api = children
     assert (first.grace, second.grace) == (9, 9)
     assert api.grace > 8
+
+
+@pytest.mark.usefixtures("bare")
+async def test_a_redis_that_loads_its_data_is_waited_for_without_a_limit_and_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = find_redis_server()
+    async with running_redis(binary, tmp_path) as server, Redis.from_url(server.url) as redis:
+        pipeline = redis.pipeline(transaction=False)
+        for number in range(6144):  # It answers after each 1,024 of them.
+            pipeline.set(str(number), 1)
+        await pipeline.execute()
+    monkeypatch.setattr("cli.redis_server.READY_SECONDS", 1.5)
+    monkeypatch.setattr("cli.supervisor.READY_SECONDS", 1.5)
+    told: list[str] = []
+    loading = RedisServer(binary, tmp_path, told.append)
+    loading.open()
+    loading.argv += ["--key-load-delay", "400"]
+    async with running(plan(load_settings(), 8123, loading)[0]) as run:
+        async with Redis.from_url(loading.url) as redis:
+            assert await redis.dbsize() == 6144
+        assert run.reports.empty()
+    loading.close()
+    assert [sentence.partition(" in ")[0] for sentence in told] == ["Redis loads its data"]
 
 
 async def relay(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
