@@ -5,7 +5,7 @@ Nothing in it can choose where the upstream call goes.
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,10 @@ from relay.log import Recovery
 
 JsonObject = dict[str, Any]
 
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
+"""Of its wrong items the first is told: a body of them alone would hold up the loop for seconds."""
+
 
 class Message(BaseModel):
     """One message of the conversation; its content goes to the model as it is."""
@@ -21,9 +25,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[JsonObject] | None = None
+    content: str | ListOf[JsonObject] | None = None
     name: str | None = None
-    tool_calls: list[JsonObject] | None = None
+    tool_calls: ListOf[JsonObject] | None = None
     tool_call_id: str | None = None
     function_call: JsonObject | None = None
     refusal: str | None = None
@@ -35,14 +39,14 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
+    messages: ListOf[Message] = Field(min_length=1, description="The conversation so far.")
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=16)
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     seed: int | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -50,17 +54,17 @@ class Asked(BaseModel):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    tools: list[JsonObject] | None = None
+    tools: ListOf[JsonObject] | None = None
     tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[JsonObject] | None = None
+    functions: ListOf[JsonObject] | None = None
     function_call: str | JsonObject | None = None
     response_format: JsonObject | None = None
 
     reasoning_effort: str | None = None
     verbosity: str | None = None
     prediction: JsonObject | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: ListOf[Literal["text"]] | None = None
     web_search_options: JsonObject | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None

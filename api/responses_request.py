@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from api.chat_request import Asked, JsonObject
+from api.chat_request import Asked, JsonObject, ListOf
 
 
 class _Known(BaseModel):
@@ -16,8 +16,8 @@ class Text(_Known):
 
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: list[JsonObject] | None = None
-    logprobs: list[JsonObject] | None = None
+    annotations: ListOf[JsonObject] | None = None
+    logprobs: ListOf[JsonObject] | None = None
 
     def to_chat(self) -> JsonObject:
         return {"type": "text", "text": self.text}
@@ -46,7 +46,7 @@ def _as_parts(content: Any) -> Any:
 
 
 Part = Annotated[Text | Refusal | Image, Field(discriminator="type")]
-Content = Annotated[list[Part], Field(min_length=1), BeforeValidator(_as_parts)]
+Content = Annotated[ListOf[Part], Field(min_length=1), BeforeValidator(_as_parts)]
 """A string, or parts; a string is one part."""
 
 
@@ -96,8 +96,8 @@ class ReasoningItem(_Item):
     """Taken, so that an earlier output can be sent as it came. No chat completion is asked so."""
 
     type: Literal["reasoning"]
-    summary: list[JsonObject] = []
-    content: list[JsonObject] | None = None
+    summary: ListOf[JsonObject] = []
+    content: ListOf[JsonObject] | None = None
     encrypted_content: str | None = None
 
     def add_to(self, messages: list[JsonObject]) -> None:
@@ -128,7 +128,7 @@ Item = Annotated[
     Discriminator(_kind_of),
 ]
 Input = Annotated[
-    list[Item],
+    ListOf[Item],
     Field(min_length=1, description="A text, or items."),
     BeforeValidator(_as_items),
 ]
@@ -194,7 +194,7 @@ class ResponsesRequest(_Known):
     background: bool = False
     stream: bool = False
     instructions: str | None = None
-    tools: list[Function] | None = None
+    tools: ListOf[Function] | None = None
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice)] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

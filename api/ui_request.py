@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.chat_request import Asked, JsonObject
+from api.chat_request import Asked, JsonObject, ListOf
 from relay.errors import BadRequest
 
 Id = Annotated[str, Field(min_length=1, max_length=255)]
@@ -22,7 +22,7 @@ class UIMessage(BaseModel):
 
     id: Id
     role: Literal["system", "user", "assistant"]
-    parts: list[JsonObject]
+    parts: ListOf[JsonObject]
     metadata: Any = Field(None, description="For the client alone; the model does not see it.")
 
 
@@ -32,11 +32,11 @@ class UIChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Id = Field(description="Of the chat: under it the answer is resumed and stopped.")
-    messages: list[UIMessage] = Field(min_length=1)
+    messages: ListOf[UIMessage] = Field(min_length=1)
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
     message_id: Id | None = Field(None, alias="messageId")
 
-    tools: list[JsonObject] | None = None
+    tools: ListOf[JsonObject] | None = None
     tool_choice: str | JsonObject | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     reasoning_effort: str | None = None

@@ -7,9 +7,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from api.chat_request import ChatRequest
+from api.responses_request import ResponsesRequest
+from api.ui_request import UIChatRequest
 from relay.ids import new_stream_id
 from relay.settings import MIB, Settings
 from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
@@ -78,6 +82,41 @@ async def test_bad_input_is_refused_by_name_and_nothing_is_created(
     if field is not None:
         assert field in [error["field"] for error in response.json()["errors"]]
     assert await redis.keys("relay:*") == []
+
+
+WRONG = [5] * 100_000
+HELLO = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": WRONG}),
+        (ChatRequest, {"messages": [{**HELLO, "content": WRONG}]}),
+        (ChatRequest, {"messages": [{**HELLO, "tool_calls": WRONG}]}),
+        *((ChatRequest, {"messages": [HELLO], name: WRONG}) for name in ("tools", "functions")),
+        *((ChatRequest, {"messages": [HELLO], name: WRONG}) for name in ("stop", "modalities")),
+        (ResponsesRequest, {"model": "demo", "input": WRONG}),
+        (ResponsesRequest, {"model": "demo", "input": [{**HELLO, "content": WRONG}]}),
+        (ResponsesRequest, {"model": "demo", "input": [{"type": "reasoning", "summary": WRONG}]}),
+        (ResponsesRequest, {"model": "demo", "input": "Hello", "tools": WRONG}),
+        (UIChatRequest, {"id": "c", "messages": WRONG}),
+        (UIChatRequest, {"id": "c", "messages": [{"id": "m", "role": "user", "parts": WRONG}]}),
+        (UIChatRequest, {"id": "c", "messages": [], "tools": WRONG}),
+    ],
+)
+def test_of_a_hundred_thousand_wrong_items_few_errors_are_made(
+    kind: type[BaseModel], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() <= 2
+
+
+async def test_a_body_of_wrong_items_is_refused_by_the_first(api: httpx2.AsyncClient) -> None:
+    response = await api.post("/chat", json={"messages": WRONG})
+    assert code(response, 422) == "invalid_request"
+    assert [error["field"] for error in response.json()["errors"]] == ["messages.0"]
 
 
 async def test_what_the_chat_completions_api_knows_is_passed_on(
