@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from api.line import EXTENSION, Line
 from api.parts import Parts
+from api.upgrade import NoUpgrade
 from relay.settings import Settings
 
 CLOSE_SECONDS = 2
@@ -59,7 +60,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-class Connection(HttpToolsProtocol):
+class Bounded(HttpToolsProtocol):
     """One client's connection, which can neither stall the others nor stay for ever: uvicorn bounds
     a request in neither size nor time, and waits without end for a peer to take what it sends."""
 
@@ -147,6 +148,10 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.write(TIMED_OUT)
             self.transport.close()
+
+
+class Connection(NoUpgrade, Bounded):
+    """As the server has it: an upgrade is ignored before a bound could take notice of it."""
 
 
 class _TooMany(Exception):

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,20 @@ def post(body: bytes) -> bytes:
     return f"POST /chat HTTP/1.1\r\nhost: x\r\n{length}\r\n\r\n".encode() + body
 
 
+def offering(request: bytes) -> bytes:
+    """The same request, with the offer that Java's client makes by itself."""
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAQAAP__\r\n"
+    return request.replace(b"host: x\r\n", b"host: x\r\n" + offer, 1)
+
+
+def in_chunks(request: bytes) -> bytes:
+    """The same request, its body in two chunks with a trailer."""
+    head, body = request.split(b"\r\n\r\n", 1)
+    head = head.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in (body[:5], body[5:]))
+    return head + b"\r\n\r\n" + chunks + b"0\r\nx: y\r\n\r\n"
+
+
 async def exchange(port: int, request: bytes) -> bytes:
     """What the server says to this request, up to the end that it makes."""
     async with connected(port) as (reader, writer), asyncio.timeout(30):
@@ -141,6 +155,7 @@ async def test_trailers_of_a_request_are_not_kept(
         b"GET /healthz HTT",
         b"GET /healthz HTTP/1.1\r\nhost: x\r\n",
         post(b'{"messages":[]}')[:-1],
+        offering(post(b'{"messages":[]}'))[:-1],
     ],
 )
 async def test_a_request_that_stays_half_is_answered_408_and_its_connection_closed(
@@ -241,6 +256,56 @@ async def test_a_request_that_waits_behind_a_response_is_not_blamed_for_it(
             assert b"completed" in await reader.readuntil(b"0\r\n\r\n")
             writer.write(second[-5:])
             assert b" 202 " in await reader.readline()
+
+
+# Requests that offer another protocol.
+
+
+@pytest.fixture(params=[1, 7, 100, 65536])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes is read in pieces of so many bytes."""
+
+    def in_pieces(self: Connection, data: bytes) -> None:
+        for start in range(0, len(data), request.param):
+            received(self, data[start : start + request.param])
+
+    received = Connection.data_received
+    monkeypatch.setattr(Connection, "data_received", in_pieces)
+
+
+async def statuses(port: int, requests: bytes) -> list[bytes]:
+    """Of the responses to these requests and to a last one."""
+    said = await exchange(port, requests + get("/healthz", "connection: close"))
+    return [response[:3] for response in said.split(b"HTTP/1.1 ")[1:]]
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("framed", [lambda request: request, in_chunks])
+async def test_a_request_that_offers_another_protocol_is_answered_as_any_other(
+    settings: Settings, framed: Callable[[bytes], bytes]
+) -> None:
+    async with serving(settings) as served:
+        asked = framed(offering(post(json.dumps(asking()).encode())))
+        requests = asked + offering(get("/nothing")) + asked
+        assert await statuses(served.port, requests) == [b"202", b"404", b"202", b"200"]
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("framed", [lambda request: request, in_chunks])
+async def test_a_body_behind_such_an_offer_is_never_taken_for_a_request(
+    settings: Settings, framed: Callable[[bytes], bytes]
+) -> None:
+    async with serving(settings) as served:
+        request = framed(offering(post(get("/healthz"))))
+        assert await statuses(served.port, request) == [b"400", b"200"]
+
+
+@pytest.mark.usefixtures("cut")
+async def test_a_last_request_with_such_an_offer_has_its_body_too(settings: Settings) -> None:
+    async with serving(settings) as served:
+        asked = offering(post(json.dumps(asking()).encode()))
+        said = await exchange(served.port, asked.replace(b": Upgrade", b": close, Upgrade"))
+        assert said.startswith(b"HTTP/1.1 202")
 
 
 # Peers that do not take what they asked for.
