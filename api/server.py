@@ -28,6 +28,9 @@ REQUESTS_BEHIND = 16
 that is read at once holds ten thousand."""
 BODY_SECONDS = 30.0
 """From the end of a request's head to the end of its body."""
+IDLE_SECONDS = 75
+"""That a connection is kept for its next request: longer than the minute after which most balancers
+let go of it, else they would send one to a connection that is just being closed."""
 KEEPALIVE_SECONDS = 30
 """Of silence until the kernel asks whether the peer still lives, three times 10 s apart."""
 SEND_BYTES = 256 * 1024
@@ -197,6 +200,7 @@ def create_server(app: FastAPI, settings: Settings) -> Server:
         # A line per request would hold its query string.
         access_log=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,
+        timeout_keep_alive=IDLE_SECONDS,
         server_header=False,
         # Nothing here asks where a request comes from.
         proxy_headers=False,

@@ -213,6 +213,18 @@ async def test_a_request_may_follow_late_on_a_kept_connection_but_must_then_come
             assert (await reader.read()).startswith(b"HTTP/1.1 408")
 
 
+async def test_an_idle_connection_outlives_the_minute_for_which_a_balancer_keeps_it(
+    settings: Settings,
+) -> None:
+    async with serving(settings) as served, connected(served.port) as (reader, writer):
+        writer.write(get("/healthz"))
+        await reader.readuntil(b"}")
+        [connection] = served.connections
+        timer = connection.timeout_keep_alive_task
+        assert timer is not None
+        assert timer.when() - asyncio.get_running_loop().time() > 60
+
+
 async def test_a_body_has_more_time_than_a_head(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
