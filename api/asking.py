@@ -14,7 +14,7 @@ from api.chat_request import Asked
 from api.feed import Feed
 from api.hub import Watching
 from api.parts import Parts, PartsOfApp, WhileResponding
-from relay.errors import StreamGone
+from relay.errors import Draining, StreamGone
 from relay.ids import new_stream_id
 from relay.log import Created, Recovery
 from relay.logs import get_logger
@@ -34,6 +34,12 @@ class Asking:
     cancels: bool = False
     """Whether the end of this very connection is to end the answer."""
     webhook: str = ""
+
+    def must_stay(self) -> None:
+        """For a client that could only be sent away, before anything is created: it asks again, and
+        each time would have one more answer made. Raises Draining."""
+        if self.parts.hub.draining:
+            raise Draining("Ask again: another process answers.")
 
     async def create(
         self, asked: Asked, *also: object, recovery: Recovery = "restart", stream_id: str = ""

@@ -91,6 +91,7 @@ async def create(
     parts = asking.parts
     if body.model != parts.model:
         return unknown_model(body.model, parts.model)
+    asking.must_stay()
     feed = await asking.begin(body)
     if not body.stream:
         return await when_ended(request, asking, feed, _whole)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from relay.errors import (
     BadRequest,
+    Draining,
     IdempotencyConflict,
     MalformedCursor,
     QueueFull,
@@ -38,6 +39,7 @@ _STATUS: dict[type[RelayError], int] = {
     IdempotencyConflict: 409,
     StreamGone: 410,
     QueueFull: 503,
+    Draining: 503,
 }
 _HTTP = {
     400: ("bad_json", "Send one JSON object as the body."),

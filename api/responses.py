@@ -137,6 +137,8 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     asked = body.to_asked()
     if body.background and not body.stream:
         return await _now(parts, (await asking.create(asked, "responses")).stream_id)
+    if not body.stream:
+        asking.must_stay()
     feed = await asking.begin(asked, "responses")
     born = await _born(parts, feed.stream_id)
     if body.stream:

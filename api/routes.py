@@ -15,7 +15,7 @@ from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
-from api.viewer import NotNow, TextViewer, Viewer
+from api.viewer import HeldViewer, NotNow, TextViewer, Viewer
 from api.wires import multiplexed, native, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
@@ -104,6 +104,8 @@ async def chat(
     if viewer is None:
         created = await asking.create(body, body.recovery, recovery=body.recovery)
         return await _accepted(asking.parts, created)
+    if issubclass(viewer, HeldViewer):
+        asking.must_stay()
     feed = await asking.begin(body, body.recovery, recovery=body.recovery)
     return viewer(
         asking.parts.hub,

@@ -8,6 +8,7 @@ RelayError
 ├── StreamUnknown           this id was never handed out
 ├── StreamGone              it was; the stream is erased, expired or lost
 ├── QueueFull               nothing was created; try later
+├── Draining                nothing was created; another process answers
 ├── StreamLost              this attempt may no longer write
 └── UpstreamError           the model service failed; carries its own code
     └── Garbled             it sent what is no answer
@@ -56,6 +57,11 @@ class StreamGone(RelayError):
 
 class QueueFull(RelayError):
     code = "queue_full"
+    retryable = True
+
+
+class Draining(RelayError):
+    code = "draining"
     retryable = True
 
 

@@ -19,6 +19,7 @@ from api.app import create_app
 from api.server import SEND_BYTES, Connection, Server, create_server
 from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
+from relay import keys
 from relay.settings import MIB, Settings
 from tests.conftest import FEW, asking, changed, few_descriptors, running_worker, until
 
@@ -587,6 +588,61 @@ async def test_whom_a_draining_process_refuses_is_told_when_to_ask_again(
     assert said.startswith(b"HTTP/1.1 503")
     assert b"\r\nretry-after: 2\r\n" in said
     assert b'"code":"draining"' in said
+
+
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+COMPLETION = {"model": "demo", **HELLO}
+RESPONSE = {"model": "demo", "input": "Hello"}
+
+
+async def asked_while_draining(
+    settings: Settings, redis: Redis, path: str, body: object, accept: str
+) -> tuple[bytes, int]:
+    """What is said to this question, and how many answers it has queued."""
+    async with serving(settings) as served:
+        app: Any = served.server.config.app
+        app.state.parts.hub.drain()
+        request = post(json.dumps(body).encode()).replace(b"/chat", path.encode(), 1)
+        headers = f"accept: {accept}\r\nconnection: close\r\nhost:".encode()
+        said = await exchange(served.port, request.replace(b"host:", headers, 1))
+    return said, await redis.zcard(keys.QUEUE)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "accept"),
+    [
+        ("/chat", HELLO, "text/plain"),
+        ("/v1/chat/completions", COMPLETION, "*/*"),
+        ("/v1/chat/completions", {**COMPLETION, "stream": True}, "*/*"),
+        ("/v1/responses", RESPONSE, "*/*"),
+    ],
+)
+async def test_a_draining_process_has_no_answer_made_that_it_could_not_give(
+    settings: Settings, redis: Redis, path: str, body: object, accept: str
+) -> None:
+    said, queued = await asked_while_draining(settings, redis, path, body, accept)
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"\r\nretry-after: 2\r\n" in said
+    assert b'"code":"draining"' in said
+    assert queued == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "accept"),
+    [
+        ("/chat", HELLO, "*/*"),
+        ("/chat", HELLO, "text/event-stream"),
+        ("/v1/responses", {**RESPONSE, "background": True}, "*/*"),
+        ("/v1/responses", {**RESPONSE, "stream": True}, "*/*"),
+    ],
+)
+async def test_a_draining_process_takes_what_is_to_be_had_from_another(
+    settings: Settings, redis: Redis, path: str, body: object, accept: str
+) -> None:
+    said, queued = await asked_while_draining(settings, redis, path, body, accept)
+    assert said.startswith(b"HTTP/1.1 20")
+    assert b"\r\nx-stream-id: " in said
+    assert queued == 1
 
 
 async def test_who_waits_for_a_whole_answer_is_sent_away_by_a_process_that_drains(
