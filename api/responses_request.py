@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
 
 from api.chat_request import Asked, JsonObject, ListOf
 
@@ -120,6 +129,14 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
+def _with_something_asked(items: list["Item"]) -> list["Item"]:
+    """Of reasoning alone no message would be left for the model."""
+    if all(isinstance(item, ReasoningItem) for item in items):
+        message = "There is nothing in it that could be answered"
+        raise PydanticCustomError("value_error", message)
+    return items
+
+
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
@@ -131,6 +148,7 @@ Input = Annotated[
     ListOf[Item],
     Field(min_length=1, description="A text, or items."),
     BeforeValidator(_as_items),
+    AfterValidator(_with_something_asked),
 ]
 
 

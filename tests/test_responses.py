@@ -366,6 +366,7 @@ async def test_the_model_is_asked_what_the_response_was_asked(
     [
         ({"temperature": 9}, "temperature", "invalid_value"),
         ({"input": []}, "input", "invalid_value"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "invalid_value"),
         ({"store": False}, "store", "invalid_value"),
         ({"tool_choice": "never"}, "tool_choice.type", "invalid_value"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
