@@ -111,7 +111,9 @@ def _answered(step: list[tuple[str, JsonObject]]) -> Iterator[JsonObject]:
     texts, calls, outputs = [], [], []
     for at, part in step:
         kind = part.get("type")
-        if kind == "dynamic-tool" or (isinstance(kind, str) and kind.startswith("tool-")):
+        if not isinstance(kind, str):
+            raise _unusable(at, part)
+        if kind == "dynamic-tool" or kind.startswith("tool-"):
             call, output = _tool(at, part)
             if output is not None:
                 calls.append(call)
@@ -155,4 +157,6 @@ def _json(value: Any) -> str:
 
 def _unusable(at: str, part: JsonObject) -> BadRequest:
     kind = part.get("type")
+    if not isinstance(kind, str):
+        return BadRequest(f"{at}: The type of a part is a text: give it one.")
     return BadRequest(f"{at}: A part of the type {kind!r} like this is not known here.")

@@ -348,6 +348,11 @@ def test_ui_messages_become_the_messages_of_a_chat_completion(
     assert asked({"role": role, "parts": parts}, USER)["messages"][:-1] == expected
 
 
+NESTED: Any = []
+for _ in range(5000):
+    NESTED = [NESTED]
+
+
 @pytest.mark.parametrize(
     ("role", "part"),
     [
@@ -359,6 +364,10 @@ def test_ui_messages_become_the_messages_of_a_chat_completion(
         ("assistant", {"type": "file", "mediaType": "image/png", "url": "https://x/y.png"}),
         ("assistant", {"type": "tool-f", "state": "output-available"}),
         ("assistant", {"type": None}),
+        ("assistant", {"type": ["text"]}),
+        ("assistant", {"type": {}}),
+        ("assistant", {"type": NESTED}),
+        ("user", {"type": NESTED}),
     ],
 )
 def test_a_part_that_cannot_be_said_is_refused_by_its_place(role: str, part: Part) -> None:
