@@ -87,6 +87,8 @@ def _watch(stream_id: str, scope: Scope) -> Route | None:
 
 
 def _ask(received: list[Message], scope: Scope) -> Route | None:
+    if not received or received[-1]["type"] != "http.request":
+        return None  # What came of a body that was broken off may be JSON, and asks nothing.
     headers = _headers(scope)
     accept, key = headers.get("accept", "*/*"), headers.get("idempotency-key", "")
     on_disconnect = headers.get("x-on-disconnect", "continue")

@@ -271,6 +271,21 @@ async def test_a_request_that_waits_behind_a_response_is_not_blamed_for_it(
             assert b" 202 " in await reader.readline()
 
 
+async def test_a_question_that_is_broken_off_is_not_asked_even_if_it_could_be(
+    settings: Settings, redis: Redis
+) -> None:
+    async with serving(settings) as served:
+        async with connected(served.port) as (_, writer):
+            writer.write(post(json.dumps(asking()).encode() + b" ")[:-1])
+            await until(lambda: under_way(served, 1))
+        await until(lambda: under_way(served, 0))
+        assert await redis.keys("relay:*") == []
+
+
+async def under_way(served: Served, requests: int) -> bool:
+    return len(served.server.server_state.tasks) == requests
+
+
 # Requests that offer another protocol.
 
 
