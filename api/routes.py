@@ -255,8 +255,11 @@ async def events(
 )
 async def status(stream_id: StreamId, parts: PartsOfApp) -> StreamStatus:
     """State, text so far, usage, times, attempt, viewers, place in the queue."""
-    state = await parts.log.state(stream_id)
     log = await parts.log.read(stream_id)
+    state = await parts.log.state(stream_id)
+    if state.ended_ms is not None and not log[-1].terminal:
+        # It has ended since the log was read, and the end would be told without its reason.
+        log += await parts.log.read(stream_id, log[-1].cursor)
     return StreamStatus.of(stream_id, state, log, parts.presence.total(stream_id, state))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +16,10 @@ from api.chat_request import ChatRequest
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
 from relay.ids import new_stream_id
+from relay.log import Log
 from relay.settings import MIB, Settings
 from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
+from tests.test_hub import Writer
 
 UNKNOWN = "no-such-stream"
 
@@ -209,6 +212,34 @@ async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) 
     assert statuses[0]["text"] == ""
 
 
+async def test_a_stream_that_ends_while_it_is_looked_at_is_told_as_one_that_has_or_has_not(
+    api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(redis)
+    await writer.create()
+    await writer.begin()
+    looks = 0
+
+    def ending(look: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(*arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            first, seen = looks == 1, await look(*arguments)
+            if first:
+                await writer.say("late")
+                await writer.finish()
+            return seen
+
+        return call
+
+    for name in ("read", "state"):
+        monkeypatch.setattr(Log, name, ending(getattr(Log, name)))
+    status = (await api.get(f"/streams/{writer.stream_id}")).json()
+    told = [status[name] is not None for name in ("finish_reason", "ended_ms")]
+    assert told == [status["status"] == "completed"] * 2
+    assert status["text"] == ("late" if all(told) else "")
+
+
 async def test_a_queued_stream_is_cancelled_on_the_spot_however_often_it_is_asked(
     api: httpx2.AsyncClient, redis: Redis
 ) -> None:
@@ -297,7 +328,7 @@ async def test_a_fault_of_ours_shows_no_trace_of_itself(
     async def broken(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("relay.log.Log.state", broken)
+    monkeypatch.setattr("relay.log.Log.read", broken)
     response = await api.get(f"/streams/{new_stream_id()}")
     assert code(response, 500) == "internal"
     assert "secret" not in response.text
