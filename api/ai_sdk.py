@@ -1,6 +1,7 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -113,8 +114,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 async def chat(body: UIChatRequest, asking: AskingOfRequest, chats: ChatsOfApp) -> Response:
     """Queue a job and stream the answer as one UI message. Dropping the connection does not stop
     it, unless X-On-Disconnect asks for it."""
-    feed = await asking.begin(body.to_asked(), body.id)
-    await chats.note(body.id, feed.stream_id)
+    feed = await asking.begin(body.to_asked(), body.id, note=partial(chats.note, body.id))
     message_id = body.continued or message_id_of(feed.stream_id)
     return UIMessageViewer(asking.parts, feed, message_id, on_leave=asking.on_leave(feed))
 

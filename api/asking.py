@@ -61,14 +61,22 @@ class Asking:
         logger.info("stream_created", stream=created.stream_id, repeated=created.repeated)
         return created
 
-    async def begin(self, asked: Asked, *also: object, recovery: Recovery = "restart") -> Feed:
-        """As `create`, and watch it, from its birth on."""
+    async def begin(
+        self,
+        asked: Asked,
+        *also: object,
+        recovery: Recovery = "restart",
+        note: Callable[[str], Awaitable[None]] | None = None,
+    ) -> Feed:
+        """As `create`, and watch it, from its birth on. `note` is told of one that is new."""
         feed = self.watching.expect(new_stream_id())
         created = await self.create(asked, *also, recovery=recovery, stream_id=feed.stream_id)
         if created.repeated:
             self.watching.end()
             return await self.watching.feed(created.stream_id)
         self.parts.hub.born(feed, heard=created.heard)
+        if note is not None:
+            await note(feed.stream_id)
         return feed
 
     def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:

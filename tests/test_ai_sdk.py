@@ -123,6 +123,20 @@ async def test_the_newest_answer_of_a_chat_is_the_one_that_is_resumed_and_stoppe
         assert (await stack.get(f"/streams/{old}")).json()["status"] == "running"
 
 
+async def test_a_repeated_question_does_not_make_its_answer_the_newest_again(
+    stack: httpx2.AsyncClient,
+) -> None:
+    old, new = chatting(text=["old"], end="stall"), chatting(text=["new"], end="stall")
+    async with (
+        begun(stack, old, **{"idempotency-key": "old"}) as (first, _),
+        begun(stack, new, **{"idempotency-key": "new"}) as (second, _),
+        begun(stack, old, **{"idempotency-key": "old"}) as (again, _),
+        stack.stream("GET", "/api/chat/chat/stream") as resumed,
+    ):
+        assert first == again
+        assert resumed.headers["x-stream-id"] == second
+
+
 async def test_to_stop_is_idempotent_and_harmless_where_there_is_nothing(
     stack: httpx2.AsyncClient, emulator: Emulator
 ) -> None:
