@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from itertools import chain
 from typing import Any
@@ -51,6 +52,8 @@ class Hub:
         )
         self._feeds: dict[str, Feed] = {}
         self._finished = Finished(cache_bytes)
+        self._watched: set[Feed] = set()
+        """Those that have viewers, also when they have ended and are kept nowhere else."""
         self._beginning: dict[Feed, asyncio.Task[None]] = {}
         """Those whose log is being read for the first time."""
         self._unborn: set[Feed] = set()
@@ -72,8 +75,11 @@ class Hub:
 
     def viewers(self) -> dict[str, int]:
         """stream_id -> how many viewers it has in this process."""
-        feeds = [*self._finished.feeds(), *self._feeds.values()]
-        return {feed.stream_id: feed.viewers for feed in feeds if feed.viewers}
+        viewers: Counter[str] = Counter()
+        for feed in self._watched:
+            if feed.gone is None:  # Reported, it would be a trace of what was erased.
+                viewers[feed.stream_id] += feed.viewers
+        return viewers
 
     async def enter(self, stream_id: str) -> Feed:
         """The feed of a stream, with all of its log that stands by now; then `leave` it.
@@ -86,7 +92,7 @@ class Hub:
         if feed is None:
             feed = self._feeds[stream_id] = Feed(stream_id)
             self._beginning[feed] = self._start(self._read_first(feed))
-        feed.viewers += 1
+        self._count_in(feed)
         try:
             if feed in self._beginning:
                 # Shielded: a viewer that leaves must not cancel the read that others wait for.
@@ -104,7 +110,7 @@ class Hub:
         feed = self._feeds[stream_id] = Feed(stream_id)
         self._unborn.add(feed)
         feed.add([BIRTH])
-        feed.viewers += 1
+        self._count_in(feed)
         self._listener.add(keys.channel(stream_id))
         return feed
 
@@ -116,8 +122,15 @@ class Hub:
 
     def leave(self, feed: Feed) -> None:
         feed.viewers -= 1
-        if not feed.viewers and feed not in self._beginning:
+        if feed.viewers:
+            return
+        self._watched.discard(feed)
+        if feed not in self._beginning:
             self._let_go(feed)
+
+    def _count_in(self, feed: Feed) -> None:
+        feed.viewers += 1
+        self._watched.add(feed)
 
     async def run(self) -> None:
         """Keep the connection and the feeds in order until cancelled."""
@@ -130,7 +143,7 @@ class Hub:
         """Let viewers go, each in its own time and broken off, so that they go elsewhere."""
         self.draining = True
         logger.info("draining", viewers=sum(self.viewers().values()))
-        for feed in [*self._finished.feeds(), *self._feeds.values()]:
+        for feed in list(self._watched):
             feed.wake()
 
     # Reading the log.
@@ -261,10 +274,13 @@ class Hub:
     def _obey(self, order: str, stream_id: str) -> None:
         if order != "erase":
             return
-        for feed in (self._finished.drop(stream_id), self._feeds.get(stream_id)):
-            if feed is not None:
-                feed.end_as_gone(StreamGone(GONE))
-                self._end(feed, 0)
+        self._finished.drop(stream_id)
+        feeds = {feed for feed in self._watched if feed.stream_id == stream_id}
+        if current := self._feeds.get(stream_id):
+            feeds.add(current)  # It has no viewers if all have left while it is read.
+        for feed in feeds:
+            feed.end_as_gone(StreamGone(GONE))
+            self._end(feed, 0)
 
     # Letting go.
 

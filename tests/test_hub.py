@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from api import hub as hub_module
+from api.feed import FRAMES_AT_ONCE
 from api.hub import Hub
 from api.wires import native
 from cli.redis_server import RedisServer
@@ -535,6 +536,42 @@ async def test_an_erased_stream_is_gone_for_those_who_watch_and_in_the_cache_of_
     with pytest.raises(StreamGone):
         async with entered(hub, writer.stream_id):
             pass
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_what_is_erased_is_shown_no_further_though_it_had_ended_and_is_not_kept(
+    redis: Redis, writer: Writer, cut: bool
+) -> None:
+    await writer.begin()
+    async with (
+        running_hub(redis, cache_bytes=2**20 if cut else 0) as hub,
+        entered(hub, writer.stream_id) as feed,
+        watching(hub, writer.stream_id) as slow,
+    ):
+        await slow.has(b"started")
+        slow.reading.clear()
+        await writer.say(*(f"secret {n}" for n in range(2 * FRAMES_AT_ONCE)))
+        await writer.finish()
+
+        async def ends_and_erasing_is_heard() -> bool:
+            [(_, subscribers)] = await redis.pubsub_numsub(keys.CONTROL)
+            return feed.ended and subscribers == 1
+
+        await until(ends_and_erasing_is_heard)
+        if cut:
+            await redis.client_kill_filter(_type="pubsub")
+            await until(ends_and_erasing_is_heard)
+        assert hub._finished.feeds() == []
+        await make_log(redis).erase(writer.stream_id)
+
+        async def is_gone() -> bool:
+            return feed.gone is not None
+
+        await until(is_gone)
+        assert hub.viewers() == {}, "reported, they would be a trace"
+        slow.reading.set()
+        await slow.has(b"stream_gone")
+    assert b"secret 511" not in slow.body
 
 
 async def test_an_erase_that_is_heard_during_the_first_read_is_gone_and_nothing_else(
