@@ -1,11 +1,12 @@
 """A viewer of several streams on one connection: browsers allow six to a host."""
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from api.feed import Feed, any_changed
+from api.feed import BYTES_AT_ONCE, Feed, any_changed
 from api.hub import Hub
 from api.long_response import RETRY_MS, Exit, LongResponse
 from api.wires import multiplexed, native
@@ -45,20 +46,23 @@ class Lane:
             return self.told_gone
         return self.feed.ended and self.cursor == self.feed.top
 
-    def take(self, lanes: Sequence["Lane"]) -> bytes:
-        """What is new, as frames, some at a time; each has the places in all `lanes`."""
+    def take(self, lanes: Sequence["Lane"], room: int) -> bytes:
+        """What is new, as frames, some at a time and none that begins beyond `room` bytes; each has
+        the places in all `lanes`."""
         if self.feed.gone is not None:
             return self._tell_gone(self.feed.gone, lanes)
         if self._index is None and (self.cursor is None or self.feed.reaches(self.cursor)):
             self._index = self.feed.position(self.cursor)
         parts = self._notices()
         if self._index is not None:
-            events = self.feed.events[self._index : self._index + EVENTS_AT_ONCE]
-            self._index += len(events)
-            for event in events:
+            for event in self.feed.events[self._index : self._index + EVENTS_AT_ONCE]:
+                if room <= 0:
+                    break
+                self._index += 1
                 self.cursor = event.cursor
                 places = [lane.place for lane in lanes]
                 parts.append(multiplexed.encode(event, self.feed.stream_id, places))
+                room -= len(parts[-1])
         return b"".join(parts)
 
     def _tell_gone(self, gone: StreamGone, lanes: Sequence["Lane"]) -> bytes:
@@ -90,6 +94,7 @@ class MultiViewer(LongResponse):
     ) -> None:
         super().__init__(hub, write_seconds=write_seconds, drain_seconds=drain_seconds)
         self._lanes = lanes
+        self._turns = deque(lanes)
         self._heartbeat_seconds = heartbeat_seconds
 
     async def _respond(
@@ -102,12 +107,24 @@ class MultiViewer(LongResponse):
                 await self._end_early(send, over.result())
                 return
             self._part_when_draining(over)
-            news = [piece for lane in self._lanes if (piece := lane.take(self._lanes))]
-            for piece in news:
-                await self._write(send, piece)
-            if not news:
+            if news := self._take():
+                await self._write(send, news)
+            else:
                 await self._wait(send, over)
         await self._end(send)
+
+    def _take(self) -> bytes:
+        """The next write: all that a slow viewer holds. The lanes take turns, or one that has much
+        to say would hold up the others."""
+        parts: list[bytes] = []
+        room = BYTES_AT_ONCE
+        for _ in self._lanes:
+            if room <= 0:
+                break
+            parts.append(self._turns[0].take(self._lanes, room))
+            room -= len(parts[-1])
+            self._turns.rotate(-1)
+        return b"".join(parts)
 
     async def _wait(self, send: Send, over: asyncio.Future[Exit]) -> None:
         feeds = [lane.feed for lane in self._lanes if not lane.over]

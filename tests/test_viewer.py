@@ -8,8 +8,9 @@ import pytest
 from redis.asyncio import Redis
 from starlette.types import Message, Receive, Scope, Send
 
-from api.feed import FRAMES_AT_ONCE, Feed, Wire
+from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
 from api.hub import Hub
+from api.multi_viewer import Lane, MultiViewer
 from api.viewer import TextViewer, Viewer
 from relay.errors import StreamGone
 from relay.events import (
@@ -440,6 +441,48 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
         "retryable": False,
     }
     assert b"secret" not in taker.body
+
+
+# Of several streams.
+
+
+def several_viewer(hub: Hub, logs: list[Log]) -> MultiViewer:
+    lanes = [Lane(log.feed, None) for log in logs]
+    return MultiViewer(hub, lanes, heartbeat_seconds=60, write_seconds=60, drain_seconds=0)
+
+
+async def test_a_slow_viewer_of_several_holds_one_bounded_write_and_may_go_after_it(
+    hub: Hub,
+) -> None:
+    logs = [Log() for _ in range(20)]
+    async with viewing(several_viewer(hub, logs)) as slow:
+        await slow.has(b"id: " + b".".join([b"0-1"] * 20))
+        slow.reading.clear()
+        hub.draining = True
+        for log in logs:
+            log.add(STARTS, *text(*["x" * 1000] * 60))
+        for _ in range(5):  # Its time to go comes while its write is not yet taken.
+            await asyncio.sleep(0)
+        before = len(slow.body)
+        slow.reading.set()
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert not slow.ended
+    assert len(slow.body) - before <= BYTES_AT_ONCE + 2000
+    assert slow.body.count(b"retry: ") == 2
+
+
+async def test_of_several_streams_none_holds_up_another(hub: Hub) -> None:
+    much, little = Log(), Log()
+    much.add(STARTS, *text(*["x" * 1000] * 1000))
+    little.add(STARTS, *text("little"))
+    async with viewing(several_viewer(hub, [much, little])) as taker:
+        much.add(ENDS)
+        little.add(ENDS)
+        await taker.over.wait()
+    assert taker.ended
+    assert taker.body.index(b"little") < 2 * BYTES_AT_ONCE
+    assert taker.body.count(b"event: chunk") == 1001
 
 
 # The text wire.
