@@ -599,6 +599,18 @@ async def test_cancelling_whoever_reads_closes_the_socket(
         assert (await ended(emulator)).outcome == "disconnected"
 
 
+async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = http(200, SAID + b"data: [DONE]\n\n", "text/event-stream")
+    async with answering(said) as (proxy, requests):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        async with azure("http://model.invalid") as upstream:
+            assert text_of(await asked(upstream, asking())) == "a"
+    [request] = requests
+    assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
+
+
 class NotingEmulator(Emulator):
     """Notes the port that each request comes from: one per connection."""
 
