@@ -1,6 +1,7 @@
 """The transport to the upstream, on real sockets."""
 
 import asyncio
+import gc
 import gzip
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +14,7 @@ import trustme
 import uvloop
 
 from tests.conftest import until
-from worker.http1 import Http1, pour
+from worker.http1 import Http1, _Connection, pour
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
@@ -332,6 +333,38 @@ async def test_what_came_before_an_answer_broke_off_is_read_first() -> None:
         assert await anext(pieces) == b"hello"
         with pytest.raises(httpx2.RemoteProtocolError):
             await anext(pieces)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answering(OK + b"\r\nhello", keep=False),
+        answering(CHUNKED + b"5\r\nhello\r\n", keep=False),
+        answering(keep=False),
+    ],
+    ids=["in order", "within its body", "before its head"],
+)
+async def test_a_connection_that_ends_goes_with_its_answer_and_without_a_collector(
+    answer: Callable[..., Awaitable[None]],
+) -> None:
+    async def none_is_left() -> bool:
+        return not any(type(each) is _Connection for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(answer) as server, client(server) as http:
+            await ask_once(http)
+            await until(none_is_left)
+    finally:
+        gc.enable()
+
+
+async def ask_once(http: httpx2.AsyncClient) -> None:
+    try:
+        await http.post("/")
+    except httpx2.RemoteProtocolError as error:
+        error.__traceback__ = None  # Its frames hold the answer, which holds it.
 
 
 async def test_what_is_no_http_is_an_error() -> None:

@@ -235,10 +235,12 @@ class _Connection(asyncio.Protocol):
                 exchange.fail(httpx2.RemoteProtocolError("the headers are too long"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        del self._parser  # It holds this connection, too.
+        # Both hold this connection, too.
+        del self._parser
+        exchange, self._exchange = self._exchange, None
         if self in self._idle:
             self._idle.remove(self)
-        if (exchange := self._exchange) is None:
+        if exchange is None:
             return
         if exchange.begun and not self._ends_by_length and error is None:
             exchange.end()
