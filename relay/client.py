@@ -20,6 +20,8 @@ SILENCE_SECONDS = 45.0
 CHUNK = "chunk"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 10.0
+FIRST_TRIES = 2
+"""Where nobody ever was, the URL is wrong or nothing runs there, and waiting mends neither."""
 
 
 class Refused(RelayError):
@@ -54,8 +56,8 @@ class Update:
 
 class Client:
     """Talks to one chat-relay. Every request is repeated over lost connections and 503, at most
-    `tries` times in a row, the first of which is told to `report`; a stream is resumed strictly
-    after the last event that was seen."""
+    `tries` times in a row, the first of which is told to `report`, and FIRST_TRIES times if there
+    never was a connection; a stream is resumed strictly after the last event that was seen."""
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class Client:
         self._http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(10, read=SILENCE_SECONDS))
         self._url = url
         self._tries = tries
+        self._reached = False
+        """Whether there ever was a connection."""
         self._sleep = sleep
         self._report = report
 
@@ -107,7 +111,10 @@ class Client:
         while True:
             try:
                 for event in self._events(stream_id, cursor):
-                    cursor, failures = event.id or cursor, 0
+                    failures = 0
+                    if not event.data:
+                        continue
+                    cursor = event.id or cursor
                     update = _update(event)
                     taken.add(update)
                     yield update
@@ -120,15 +127,18 @@ class Client:
                 failures = self._wait_or_give_up(failures, None)
 
     def _events(self, stream_id: str, cursor: str) -> Iterator[httpx2.ServerSentEvent]:
+        """The first has no data, as a `retry:` has none: it says that the server answers."""
         headers = {"last-event-id": cursor} if cursor else {}
         with self._http.sse(f"/streams/{stream_id}/events", headers=headers) as source:
+            self._reached = True
             if source.response.status_code == 503:
                 return
             if source.response.status_code != 200:
                 source.response.read()
                 raise _refused(source.response)
-            # A `retry:` or a heartbeat comes as an event without data.
-            yield from (event for event in source if event.data)
+            if source.response.headers.get("content-type", "").startswith("text/event-stream"):
+                yield httpx2.ServerSentEvent()
+            yield from source
 
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         failures = 0
@@ -138,6 +148,7 @@ class Client:
             except httpx2.TransportError as error:
                 failures = self._wait_or_give_up(failures, error)
                 continue
+            self._reached = True
             if response.status_code == 503:
                 failures = self._wait_or_give_up(failures, None)
                 continue
@@ -147,7 +158,9 @@ class Client:
             return body
 
     def _wait_or_give_up(self, failures: int, error: Exception | None) -> int:
-        if failures + 1 >= self._tries:
+        if not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            self._reached = True
+        if failures + 1 >= (self._tries if self._reached else min(FIRST_TRIES, self._tries)):
             raise Unreachable(f"{self._url} does not answer: is `relay up` running?") from error
         if not failures:
             self._report(f"{self._url} does not answer, trying again")

@@ -224,6 +224,13 @@ def test_a_watch_waits_while_the_server_is_away() -> None:
     assert len(requests) == 3
 
 
+def test_each_answer_gives_new_patience_though_there_is_no_event_in_it() -> None:
+    """Something on the way may cut what is idle, for as long as a stream waits in the queue."""
+    silent = [stream(), stream(RETRY), cut(HEARTBEAT), cut()]
+    updates, _ = watched(*silent, BROKEN, *silent, stream(STARTED, HEL, completed("1-2", "Hel")))
+    assert shown(updates) == "Hel"
+
+
 def test_each_event_gives_new_patience() -> None:
     updates, _ = watched(
         *(BROKEN, AWAY, stream(STARTED), BROKEN, stream(HEL), AWAY),
@@ -235,15 +242,12 @@ def test_each_event_gives_new_patience() -> None:
 @pytest.mark.parametrize(
     "replies",
     [
-        (),
         (BROKEN,) * 3,
         (AWAY,) * 3,
-        (stream(),) * 3,
-        (stream(RETRY),) * 3,
-        (cut(HEARTBEAT),) * 3,
+        (stream(),),
         (reply(200, {"not": "a stream"}),) * 3,
     ],
-    ids=["refused", "broken", "away", "nothing", "retry alone", "heartbeat alone", "no stream"],
+    ids=["broken", "away", "then refused", "no stream"],
 )
 def test_a_watch_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, ...]) -> None:
     waits: list[float] = []
@@ -325,14 +329,32 @@ def test_status_and_cancel_tell_what_the_server_says() -> None:
     assert lines == [f"GET /streams/{ID} HTTP/1.1", f"POST /streams/{ID}/cancel HTTP/1.1"]
 
 
-@pytest.mark.parametrize(
-    "replies", [(), (BROKEN,) * 3, (AWAY,) * 3], ids=["refused", "broken", "away"]
-)
+@pytest.mark.parametrize("replies", [(BROKEN,) * 3, (AWAY,) * 3], ids=["broken", "away"])
 def test_a_call_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, ...]) -> None:
     with serving(*replies) as server, client(server) as relay:
         with pytest.raises(Unreachable):
             relay.status(ID)
         assert len(server.requests) == len(replies)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["watch", "ask", "status", "cancel"])
+def test_where_nobody_ever_was_a_client_soon_gives_up(call: Callable[[Client], object]) -> None:
+    waits: list[float] = []
+    with serving() as server, client(server, waits.append) as relay:
+        server.close()
+        with pytest.raises(Unreachable, match=server.url):
+            call(relay)
+        assert len(waits) == 1
+
+
+def test_where_somebody_was_a_client_waits_for_who_comes_next() -> None:
+    waits: list[float] = []
+    answer = reply(200, {"status": "running"})
+    with serving(answer) as server, client(server, waits.append) as relay:
+        relay.status(ID)
+        with pytest.raises(Unreachable):
+            relay.status(ID)
+        assert len(waits) == 2
 
 
 def test_the_first_loss_in_a_row_is_told_at_once() -> None:
@@ -353,8 +375,11 @@ def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -
     waits: list[float] = []
     for share in (0.5, 1.0):
         monkeypatch.setattr(random, "uniform", lambda _low, _high, share=share: share)
-        relay = Client("http://127.0.0.1:1", tries=8, sleep=waits.append)
-        with relay, pytest.raises(Unreachable):
+        with (
+            serving(AWAY) as server,
+            Client(server.url, tries=8, sleep=waits.append) as relay,
+            pytest.raises(Unreachable),
+        ):
             relay.status(ID)
     assert waits[7:9] == [FIRST_WAIT_SECONDS, 2 * FIRST_WAIT_SECONDS]
     assert waits[13] == LONGEST_WAIT_SECONDS
