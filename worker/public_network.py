@@ -11,7 +11,11 @@ import httpcore2
 
 _NAT64 = ip_network("64:ff9b::/96")
 _UNICAST = ip_network("2000::/3")
+_DOCUMENTATION = ip_network("3fff::/20")
 _PROTOCOLS = ip_network("192.0.0.0/24")
+_RELAYS_6TO4 = ip_network("192.88.99.0/24")
+_AZURE = ip_address("168.63.129.16")
+"""By which each machine there reaches what manages it; nobody else has this address."""
 
 
 class NotPublic(httpcore2.ConnectError):
@@ -70,6 +74,8 @@ def is_public(address: str) -> bool:
     if isinstance(ip, IPv6Address):
         within = IPv4Address(int(ip) % 2**32) if ip in _NAT64 else ip.ipv4_mapped
         if within is None:
-            return ip in _UNICAST and ip.is_global and not ip.sixtofour
+            special = ip.sixtofour or ip in _DOCUMENTATION
+            return ip in _UNICAST and ip.is_global and not special
         ip = within
-    return ip.is_global and not ip.is_multicast and ip not in _PROTOCOLS
+    special = ip.is_multicast or ip in _PROTOCOLS or ip in _RELAYS_6TO4 or ip == _AZURE
+    return ip.is_global and not special
