@@ -11,7 +11,7 @@ from relay.claim import INTERRUPTED, Claim
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, entry, to_json
 from relay.log import Log
 from relay.outbox import LEASE_SECONDS, Delivery, Outbox
-from tests.conftest import append, due_in_ms, make_claims, make_due
+from tests.conftest import append, due_in_ms, make_claims, make_due, until
 
 URL = "https://hooks.test/the-path"
 END = [entry(STARTED, {"attempt": 1}), entry(COMPLETED, {"chunks": 1})]
@@ -183,6 +183,21 @@ async def test_what_has_expired_leaves_the_outbox_and_does_not_come_back(
     assert await outbox.take(9) == []
     assert await waiting(redis) == set()
     assert not await redis.exists(*gone)
+
+
+async def test_what_has_expired_leaves_the_outbox_though_nobody_takes_from_it(
+    redis: Redis, log: Log
+) -> None:
+    expired = [await ended(redis, log) for _ in range(25)]
+    there = await ended(redis, log)
+    await redis.delete(*(keys.state(stream_id) for stream_id in expired))
+    claims = make_claims(redis)
+
+    async def all_have_left() -> bool:
+        await claims.sweep()
+        return await waiting(redis) == {there}
+
+    await until(all_have_left)
 
 
 async def test_a_full_memory_does_not_stop_it(redis: Redis, log: Log, outbox: Outbox) -> None:

@@ -61,6 +61,14 @@ local function handed()
   return its
 end
 
+-- Nothing expires in the outbox, and where no worker may deliver any more none takes from it.
+local function drop_expired()
+  for _, id in ipairs(redis.call('ZRANGE', webhooks, 0, 9)) do
+    if redis.call('EXISTS', string.format(state_of, id)) == 0 then redis.call('ZREM', webhooks, id) end
+  end
+end
+
+if not owner then drop_expired() end
 local released = {}
 for _, id in ipairs(owner and handed() or sweepable()) do released[#released + 1] = release(id) end
 return released
