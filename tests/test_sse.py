@@ -101,8 +101,11 @@ def test_an_event_without_an_end_does_not_fill_the_memory(monkeypatch: pytest.Mo
         decoder.feed(b"x" * 100)
 
 
-def test_an_event_is_refused_that_a_slow_link_to_redis_could_not_carry_in_one_call() -> None:
+@pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["without its end", "whole"])
+def test_an_event_is_refused_that_a_slow_link_to_redis_could_not_carry_in_one_call(
+    end: bytes,
+) -> None:
     bytes_a_second = 10_000_000 // 8
     decoder = Decoder()
     with pytest.raises(Garbled):
-        decoder.feed(b"x" * int(ANSWER_SECONDS * bytes_a_second))
+        decoder.feed(b"x" * int(ANSWER_SECONDS * bytes_a_second) + end)

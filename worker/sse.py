@@ -30,6 +30,8 @@ class Decoder:
                 raise Garbled
             return []
         *events, rest = bytes(self._rest).split(b"\n\n")
+        if max(map(len, events)) > MOST_BYTES:
+            raise Garbled  # It was compressed, and came as one piece.
         self._rest = bytearray(rest)
         return [data for event in events if (data := _data(event))]
 
