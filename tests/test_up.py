@@ -67,7 +67,7 @@ async def test_a_redis_that_loads_its_data_is_waited_for_without_a_limit_and_tol
     binary = find_redis_server()
     async with running_redis(binary, tmp_path) as server, Redis.from_url(server.url) as redis:
         pipeline = redis.pipeline(transaction=False)
-        for number in range(6144):  # It answers after each 1,024 of them.
+        for number in range(20480):  # It answers after each 1,024 of them.
             pipeline.set(str(number), 1)
         await pipeline.execute()
     monkeypatch.setattr("cli.redis_server.READY_SECONDS", 1.5)
@@ -75,10 +75,10 @@ async def test_a_redis_that_loads_its_data_is_waited_for_without_a_limit_and_tol
     told: list[str] = []
     loading = RedisServer(binary, tmp_path, told.append)
     loading.open()
-    loading.argv += ["--key-load-delay", "400"]
+    loading.argv += ["--key-load-delay", "100"]
     async with running(plan(load_settings(), 8123, loading)[0]) as run:
         async with Redis.from_url(loading.url) as redis:
-            assert await redis.dbsize() == 6144
+            assert await redis.dbsize() == 20480
         assert run.reports.empty()
     loading.close()
     assert [sentence.partition(" in ")[0] for sentence in told] == ["Redis loads its data"]
