@@ -50,11 +50,14 @@ lock: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) .relay
 
+# Without ensurepip venv fails after it has made bin/python, by which the next make would take it
+# for whole.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'chat-relay needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
-	  { echo 'This Python cannot make an environment: apt-get install python3-venv'; exit 2; }
+	  { rm -rf $(VENV); \
+	    echo 'This Python cannot make an environment: apt-get install python3-venv'; exit 2; }
 
 # The last stamp wins: each set of requirements holds the one before it.
 $(VENV)/installed: requirements/run.txt pyproject.toml | $(VENV)/bin/python

@@ -1,0 +1,23 @@
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+# A Python of a Debian without python3-venv: it makes half an environment before it fails.
+WITHOUT_ENSUREPIP = f"""#!/bin/sh
+[ "$2" = venv ] || exec {sys.executable} "$@"
+mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1
+"""
+
+
+def test_an_environment_that_could_not_be_made_is_made_anew_the_next_time(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(WITHOUT_ENSUREPIP)
+    python.chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), f"PYTHON={python}", ".venv/bin/python"]
+    for _ in range(2):
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert made.returncode == 2
+        assert "apt-get install python3-venv" in made.stdout
+    assert not (tmp_path / ".venv").exists()
