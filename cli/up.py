@@ -7,6 +7,8 @@ import signal
 import sys
 from dataclasses import replace
 
+from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -14,6 +16,7 @@ from rich.text import Text
 from cli.processes import base_url, free_port, module, module_env
 from cli.redis_server import RedisServer, find_redis_server
 from cli.supervisor import STORE, UPSTREAM, Child, Supervisor, answers_at, says
+from relay.connection import connect
 from relay.settings import Settings
 
 REAL_SERVICE = (
@@ -22,6 +25,7 @@ REAL_SERVICE = (
 )
 KEY_ALONE = " Of these OPENAI_API_KEY is set, and does nothing without OPENAI_MODEL."
 
+PATIENCE_SECONDS = 3.0  # without a word while all is started
 API_CLOSES_SECONDS = 2.0  # what an API may need after its drain
 
 
@@ -87,6 +91,18 @@ def report(sentence: str) -> None:
         print(f"relay: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+async def tell_if_away(redis_url: str) -> None:
+    """Say in one sentence, without the password, that this Redis does not answer, and why."""
+    await asyncio.sleep(PATIENCE_SECONDS)
+    try:
+        async with connect(redis_url, connections=1) as redis:
+            await redis.ping()
+    except RedisError as error:
+        place = parse_url(redis_url)
+        at = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
+        report(f"Redis at {at} does not answer, waiting for it: {error}")
+
+
 async def up(settings: Settings, console: Console) -> int:
     """Run it all until SIGINT, SIGTERM or SIGHUP: 0. Or until a child cannot be kept alive: 1.
 
@@ -101,6 +117,8 @@ async def up(settings: Settings, console: Console) -> int:
             redis = RedisServer(find_redis_server(settings.redis_server), settings.data, report)
             redis.open()
             stack.callback(redis.close)
+        else:
+            stack.callback(asyncio.create_task(tell_if_away(settings.redis_url)).cancel)
         supervisor = Supervisor(plan(settings, port, redis), report)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from cli.processes import module, module_env
+from cli.processes import module, module_env, spawn
 from cli.redis_server import RedisServer, find_redis_server
-from cli.up import plan
+from cli.up import plan, tell_if_away
 from relay.settings import load_settings
 from tests.redis_process import running_redis
 from tests.test_supervisor import running
@@ -112,6 +112,36 @@ async def test_up_on_a_taken_port_is_one_sentence_and_exit_code_2(tmp_path: Path
         code, said = await relay(tmp_path, "up", "--port", port)
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith(f"relay: Port {port} ")
+
+
+@pytest.mark.usefixtures("bare")
+async def test_that_the_redis_of_the_user_does_not_answer_is_told_once_and_without_its_password(
+    tmp_path: Path,
+) -> None:
+    env = module_env() | {"REDIS_URL": "redis://:secret@127.0.0.1:1", "RELAY_PORT": "0"}
+    process = await spawn([*module("cli"), "up"], env, stderr=PIPE, cwd=tmp_path)
+    assert process.stderr is not None
+    said = b""
+    async with asyncio.timeout(20):
+        while b"relay: " not in said:
+            said += await process.stderr.readline()
+        process.terminate()
+        said += await process.stderr.read()
+    assert await process.wait() == 0
+    assert said.count(b"relay: Redis at 127.0.0.1:1 does not answer, waiting for it: ") == 1
+    assert b"secret" not in said
+
+
+async def test_a_redis_of_the_user_that_answers_is_not_told_of_and_one_that_refuses_is(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cli.up.PATIENCE_SECONDS", 0)
+    await tell_if_away(redis_server.url)
+    assert capsys.readouterr().err == ""
+    await tell_if_away(f"{redis_server.url}&username=nobody&password=secret")
+    [told] = capsys.readouterr().err.splitlines()
+    assert "/redis.sock does not answer, waiting for it: invalid username-password pair" in told
+    assert "secret" not in told
 
 
 @pytest.mark.usefixtures("bare")
