@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # they print local variables, which hold prompts and keys
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("chat-relay"))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it.")
+]
+
+
+@app.callback()
+def relay(_: Version = False) -> None:
+    """What stands before any command."""
+
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on [RELAY_HOST; 127.0.0.1].")]
 Port = Annotated[int | None, typer.Option(help="0 picks a free one [RELAY_PORT; 8000].")]

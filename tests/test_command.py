@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from emulator.script import prompt
 from relay import keys
 from relay.client import Client, Update
 from relay.connection import connect
-from tests.conftest import ask
+from tests.conftest import ROOT, ask
 from tests.redis_process import running_redis
 
 
@@ -172,6 +173,13 @@ def test_two_attempts_are_never_taken_for_one_answer(
     out, err = capsys.readouterr()
     assert out == "old"
     assert "`relay watch ID` has it whole" in err
+
+
+async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
+    process = await relay("--version", folder=tmp_path)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert await output(process) == f"{project['version']}\n"
+    assert await process.wait() == 0
 
 
 @pytest.mark.parametrize(
