@@ -8,13 +8,14 @@ from relay.descriptors import allow_every_descriptor
 from relay.errors import ConfigurationError
 from relay.heap import spare_the_collector
 from relay.logs import configure_logs
-from relay.settings import load_settings
+from relay.settings import load_settings, warn_of_misspelt
 
 
 def main() -> int:
     try:
         settings = load_settings()
         configure_logs("api", settings.log_format)
+        warn_of_misspelt()
         server = create_server(create_app(settings), settings)
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")

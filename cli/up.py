@@ -17,7 +17,7 @@ from cli.processes import base_url, free_port, module, module_env
 from cli.redis_server import RedisServer, find_redis_server
 from cli.supervisor import STORE, UPSTREAM, Child, Supervisor, answers_at, says
 from relay.connection import connect
-from relay.settings import Settings
+from relay.settings import Settings, misspelt
 
 REAL_SERVICE = (
     "For the real service set AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_KEY and "
@@ -33,6 +33,7 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
     """The children of `relay up`, in the order of their start. `redis` is open, or None."""
     env = module_env() | {"RELAY_HOST": settings.host, "RELAY_PORT": str(port)}
     env["REDIS_URL"] = redis.url if redis else settings.redis_url
+    env |= dict.fromkeys(misspelt(), "")  # Told of once, and not by each child.
     grace, drain = settings.grace_seconds, settings.drain_seconds
     if "grace_seconds" not in settings.model_fields_set:
         # Ctrl-C is to end everything within 5 s.
@@ -108,6 +109,8 @@ async def up(settings: Settings, console: Console) -> int:
 
     Raises ConfigurationError before any child is started.
     """
+    for name, nearest in misspelt().items():
+        report(f"{name} is no setting; is {nearest} meant?")
     # Configured by half, they raise here, before anything is started.
     _ = settings.upstream, settings.webhooks
     port = free_port(settings.host, settings.port)

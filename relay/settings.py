@@ -1,7 +1,10 @@
 """All settings, read once from the environment (and `.env`) at the entry of each process."""
 
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -14,13 +17,23 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
 from relay.connection import check
 from relay.errors import ConfigurationError
+from relay.logs import get_logger
 from relay.webhooks import Webhooks
 
 MIB = 1024 * 1024
+
+PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_")
+OTHERS = {"RELAY_PORTS", "RELAY_URL", "RELAY_REDIS_MEMORY"}
+"""Names of ours that are no settings: the command line and compose have them."""
+CLOSE = 0.85
+"""So alike that the one is meant by the other; RELAY_SERVICE_HOST, which an orchestrator may put
+there, is 0.71 like RELAY_HOST."""
+
+logger = get_logger("settings")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -206,6 +219,28 @@ def load_settings() -> Settings:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigurationError(f"{first['loc'][0]}: {reason}.") from None
+
+
+def variables() -> Iterator[str]:
+    """Of the environment, that are settings."""
+    for field in Settings.model_fields.values():
+        alias: Any = field.validation_alias
+        yield from getattr(alias, "choices", [alias])
+
+
+def misspelt() -> dict[str, str]:
+    """What is set in the environment or in `.env`, is no setting and looks like one -> that one."""
+    known = set(variables())
+    sources = DotEnvSettingsSource(Settings).env_vars, os.environ
+    values = {name.upper(): value for source in sources for name, value in source.items()}
+    unknown = {name for name, value in values.items() if value and name.startswith(PREFIXES)}
+    nearest = {name: get_close_matches(name, known, 1, CLOSE) for name in unknown - known - OTHERS}
+    return {name: found[0] for name, found in sorted(nearest.items()) if found}
+
+
+def warn_of_misspelt() -> None:
+    for name, nearest in misspelt().items():
+        logger.warning("unknown_setting", name=name, nearest=nearest)
 
 
 def _required(variable: str, value: str | None) -> str:

@@ -30,19 +30,12 @@ from relay.connection import connect
 from relay.events import Entry
 from relay.log import Appended, Batch, Log
 from relay.logs import configure_logs
-from relay.settings import Settings
+from relay.settings import Settings, variables
 from tests.receiver import Names
 from worker.claiming import ClaimingWorker
 from worker.main import create_worker
 
 ROOT = Path(__file__).parent.parent
-
-
-def variables() -> Iterator[str]:
-    """Of the environment, that are settings."""
-    for field in Settings.model_fields.values():
-        alias: Any = field.validation_alias
-        yield from getattr(alias, "choices", [alias])
 
 
 @pytest.fixture(autouse=True)

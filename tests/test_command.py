@@ -208,3 +208,23 @@ async def test_a_wrong_configuration_ends_the_start_with_one_sentence_that_names
     assert printed.startswith("relay: ")
     assert printed.count("\n") == 1
     assert named in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["up"], "relay: RELAY_PROT is no setting; is RELAY_PORT meant?"),
+        (["api"], "process=api event=unknown_setting name=RELAY_PROT nearest=RELAY_PORT"),
+        (["worker"], "process=worker event=unknown_setting name=RELAY_PROT nearest=RELAY_PORT"),
+    ],
+)
+async def test_a_misspelt_variable_is_told_before_what_may_come_of_it(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
+    variables = {"RELAY_PROT": "9", "AZURE_OPENAI_ENDPOINT": "https://x.example"}
+    async with asyncio.timeout(20):
+        process = await relay(*words, folder=tmp_path, **variables)
+        first, second = (await output(process)).splitlines()
+        assert await process.wait() == 2
+    assert first.endswith(told)
+    assert second.startswith("relay: Set AZURE_OPENAI_")

@@ -13,8 +13,8 @@ from api.problems import TITLES
 from cli.processes import free_port, spawn
 from cli.redis_server import find_redis_server
 from relay.connection import connect
-from relay.settings import MIB, Settings
-from tests.conftest import ROOT, until, variables
+from relay.settings import MIB, Settings, variables
+from tests.conftest import ROOT, until
 
 
 def read(name: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from relay.errors import ConfigurationError
-from relay.settings import Settings, UpstreamSettings, load_settings
+from relay.settings import Settings, UpstreamSettings, load_settings, misspelt, variables
 
 # Read before a fixture turns it off.
 ENV_FILE = Settings.model_config.get("env_file")
@@ -322,3 +322,36 @@ def test_a_bad_value_in_the_env_file_names_its_variable(env_file: Path) -> None:
 def test_no_env_file_is_no_error(env_file: Path) -> None:
     assert not env_file.exists()
     assert load_settings().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("RELAY_PROT", "RELAY_PORT"),
+        ("relay_prot", "RELAY_PORT"),
+        ("RELAY_GRACE_SECOND", "RELAY_GRACE_SECONDS"),
+        ("AZURE_OPENAI_ENDPIONT", "AZURE_OPENAI_ENDPOINT"),
+        ("AZURE_OPENAI_API_VERSION", "OPENAI_API_VERSION"),
+        ("OPENAI_MODLE", "OPENAI_MODEL"),
+    ],
+)
+def test_a_variable_that_looks_like_a_setting_is_told_with_the_one_that_is_meant(
+    monkeypatch: pytest.MonkeyPatch, env_file: Path, name: str, meant: str
+) -> None:
+    env_file.write_text(f"{name}=1\n")
+    assert misspelt() == {name.upper(): meant}
+    monkeypatch.setenv(name, "")
+    assert misspelt() == {}
+    monkeypatch.setenv(name, "1")
+    env_file.unlink()
+    assert misspelt() == {name.upper(): meant}
+
+
+def test_what_others_put_into_the_environment_is_taken_for_no_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ["RELAY_SERVICE_HOST", "RELAY_SERVICE_PORT", "RELAY_PORT_8000_TCP_ADDR", "RELAY_PORTS"]
+    names += ["RELAY_URL", "RELAY_REDIS_MEMORY", "OPENAI_ORG_ID", "OPENAI_API_TYPE", "OPENAI_LOG"]
+    for name in [*names, *variables()]:
+        monkeypatch.setenv(name, "1")
+    assert misspelt() == {}

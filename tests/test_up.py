@@ -61,6 +61,16 @@ def test_what_the_user_has_is_used_instead_of_starting_it(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("bare")
+def test_a_misspelt_variable_is_told_by_none_of_the_children(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://elsewhere")
+    monkeypatch.setenv("RELAY_PROT", "9")
+    children = plan(load_settings(), 8123, None)
+    assert {child.env["RELAY_PROT"] for child in children} == {""}
+
+
+@pytest.mark.usefixtures("bare")
 async def test_a_redis_that_loads_its_data_is_waited_for_without_a_limit_and_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

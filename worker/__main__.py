@@ -9,7 +9,7 @@ from relay.descriptors import allow_every_descriptor
 from relay.errors import ConfigurationError
 from relay.heap import spare_the_collector
 from relay.logs import configure_logs
-from relay.settings import Settings, load_settings
+from relay.settings import Settings, load_settings, warn_of_misspelt
 from worker.health import is_healthy
 
 
@@ -19,6 +19,7 @@ def main() -> int:
         configure_logs("worker", settings.log_format)
         if sys.argv[1:] == ["check"]:
             return 0 if asyncio.run(is_healthy(settings)) else 1
+        warn_of_misspelt()
         worker = _create(settings)
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
