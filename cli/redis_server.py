@@ -60,7 +60,12 @@ class RedisServer:
         if self.pass_fds:
             return
         # An older Redis does not see the log files of Redis 7 and would start empty, silently.
-        if (self.data / "appendonlydir").exists() and _version(self.binary) < (7, 0):
+        if (self.data / "appendonlydir").exists() and (version := _version(self.binary)) < (7, 0):
+            if not version:
+                raise ConfigurationError(
+                    f"{self.binary} does not tell its version as a redis-server does: "
+                    "set RELAY_REDIS_SERVER to one."
+                )
             raise ConfigurationError(
                 f"{self.data} was written by Redis 7, which {self.binary} cannot read: "
                 "set RELAY_REDIS_SERVER to a newer one, or RELAY_DATA to another folder."

@@ -181,6 +181,13 @@ def test_a_folder_written_by_redis_7_is_refused_by_an_older_one(tmp_path: Path) 
         RedisServer(older, tmp_path / "data").open()
 
 
+def test_what_is_no_redis_is_not_taken_for_an_old_one(tmp_path: Path) -> None:
+    other = executable(tmp_path / "other", "#!/bin/sh\nexit 1\n")
+    (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=r"other does not tell its version .*_SERVER to"):
+        RedisServer(other, tmp_path / "data").open()
+
+
 def test_the_explicit_binary_is_taken_before_that_of_the_path(tmp_path: Path) -> None:
     mine = executable(tmp_path / "my-redis", "#!/bin/sh\n")
     assert find_redis_server(mine) == mine
