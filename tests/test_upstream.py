@@ -611,6 +611,15 @@ async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
     assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_gone_through_is_told_at_the_start(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match="ALL_PROXY"):
+        Upstream(Settings(openai_key="k", openai_model="m"))
+
+
 class NotingEmulator(Emulator):
     """Notes the port that each request comes from: one per connection."""
 

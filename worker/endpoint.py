@@ -76,13 +76,17 @@ async def _signed_in(token: Token) -> str:
 
 def _client(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncClient:
     proxied = _is_proxied(upstream.base_url or "https://")
-    return httpx2.AsyncClient(
-        transport=None
-        if proxied
-        else Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS),
-        timeout=httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None),
-        limits=httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS),
-    )
+    own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
+    limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
+    timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
+    try:
+        transport = None if proxied else own
+        return httpx2.AsyncClient(transport=transport, timeout=timeout, limits=limits)
+    except (ImportError, ValueError):
+        raise ConfigurationError(
+            "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
+            "http://HOST:3128, and unset ALL_PROXY."
+        ) from None
 
 
 def _is_proxied(url: str) -> bool:
