@@ -22,6 +22,7 @@ from worker.sse import Decoder
 
 logger = get_logger("upstream")
 
+ASKED_IN_A_ROW = 4
 END_SECONDS = 1.0
 """From [DONE] to the end of the body, at most."""
 MEDIA_TYPE = "text/event-stream"
@@ -47,7 +48,7 @@ class Upstream:
         self.model = settings.upstream.model
         self._settings = settings
         self._endpoint = Endpoint(settings.upstream, settings)
-        self._turnstile = Turnstile()
+        self._turnstile = Turnstile(rest_after=ASKED_IN_A_ROW)
 
     async def close(self) -> None:
         await self._endpoint.close()
