@@ -5,10 +5,12 @@ import asyncio
 import sys
 import time
 
+PATIENCE_SECONDS = 30
+
 
 async def main(port: int, path: str, chunks: int, delay_ms: float, first_ms: float) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answers = asyncio.create_task(reader.read())
+    answered = asyncio.create_task(_answered(reader, chunks))
     await asyncio.sleep(first_ms / 1000)
     due = time.monotonic()
     for number in range(chunks):
@@ -19,8 +21,16 @@ async def main(port: int, path: str, chunks: int, delay_ms: float, first_ms: flo
         if delay_ms:
             due += delay_ms / 1000
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-    await asyncio.sleep(1)  # Who leaves sooner takes away what is not read yet.
-    answers.cancel()
+    # Who leaves sooner takes away what the server has not read yet.
+    await asyncio.wait([answered], timeout=PATIENCE_SECONDS)
+
+
+async def _answered(reader: asyncio.StreamReader, count: int) -> None:
+    """Return when so many answers have begun."""
+    status, tail = b"HTTP/1.1 ", b""
+    while count > 0 and (piece := await reader.read(65536)):
+        count -= (tail + piece).count(status)
+        tail = piece[1 - len(status) :]
 
 
 if __name__ == "__main__":

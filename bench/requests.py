@@ -30,7 +30,9 @@ STARTS: dict[str, Start] = {
     "relay, two requests": systems.relay_in_two,
 }
 ONCE = {"naive", "tutorial", "resumable-stream", "relay, two requests"}
-"""No target is a ratio to these; nor is one to direct's c300."""
+"""No target is a ratio to these."""
+LONG = (DIRECT, 300)
+"""Nor to this one, and it takes long."""
 TOO_SLOW = {("naive", 100), ("naive", 300), ("tutorial", 300)}
 """They take minutes, and then say no more than the ones before."""
 
@@ -97,7 +99,17 @@ def _targets(table: Table) -> list[Target]:
 
 
 def _measure(names: list[str], counts: tuple[int, ...], runs: int) -> Table:
-    """All run, and take turns: what the machine does in these minutes falls upon all of them."""
+    """Those that a target compares run together and take turns: what the machine does in these
+    minutes falls upon all of them."""
+    compared = [name for name in names if name not in ONCE]
+    table = _take_turns(compared, counts, runs)
+    for name in names:
+        if name in ONCE:
+            table |= _take_turns([name], counts, 1)
+    return {name: table[name] for name in names if name in table}
+
+
+def _take_turns(names: list[str], counts: tuple[int, ...], runs: int) -> Table:
     with ExitStack() as stack:
         running = {name: system for name in names if (system := _started(name, stack))}
         table: Table = {name: {} for name in running}
@@ -107,7 +119,7 @@ def _measure(names: list[str], counts: tuple[int, ...], runs: int) -> Table:
             for name in here:
                 _run(running[name], count)  # To warm up.
             for number, name in product(range(runs), here):
-                if number == 0 or not _once(name, count):
+                if number == 0 or (name, count) != LONG:
                     seen[name].append(_run(running[name], count))
             for name in here:
                 table[name][count] = _cell(seen[name])
@@ -120,10 +132,6 @@ def _started(name: str, stack: ExitStack) -> System | None:
     except LookupError as missing:
         print(f"{name}: not measured, {missing}")
         return None
-
-
-def _once(name: str, count: int) -> bool:
-    return name in ONCE or (name, count) == (DIRECT, 300)
 
 
 def _cell(seen: list[Seen]) -> Cell:
