@@ -11,7 +11,7 @@ from api.line import Line
 from api.riders import Riders
 from api.settle import settle
 from relay.errors import StreamGone
-from relay.events import STARTED, TEXT, WHOLE, Cursor, Event
+from relay.events import STARTED, Cursor, Event
 
 Encode = Callable[[Event], bytes]
 Wire = Callable[[], Encode]
@@ -132,23 +132,25 @@ class Feed:
 
     def _carry(self) -> None:
         """Write what is new to those who ride along: each frame is encoded once, and all that they
-        cost is the writing. What is no chunk, or more than one write, they deal with themselves."""
+        cost is the writing. What is not of their kinds, or more than one write, they deal with
+        themselves."""
         start, self._to_carry = self._to_carry, None
         if start is None:
             return
-        if any(event.kind not in {TEXT, WHOLE} for event in self.events[start:]):
-            self._let_off()
-            return
+        kinds = {event.kind for event in self.events[start:]}
         for wire, riders in self._riders.items():
             if riders:
-                try:
-                    frames = self.frames(wire, start)
-                except Exception:  # noqa: BLE001 - theirs alone: each meets it in its own response
-                    frames = []
+                frames = self._frames_to_carry(wire, start) if kinds <= riders.kinds else []
                 if start + len(frames) == len(self.events):
                     riders.carry(b"".join(frames), len(self.events))
                 else:
                     riders.all_get_off()
+
+    def _frames_to_carry(self, wire: Wire, start: int) -> list[bytes]:
+        try:
+            return self.frames(wire, start)
+        except Exception:  # noqa: BLE001 - theirs alone: each meets it in its own response
+            return []
 
     def _let_off(self) -> None:
         for riders in self._riders.values():
@@ -160,17 +162,18 @@ class Feed:
         line: Line,
         heartbeat: bytes,
         seconds: float,
+        kinds: frozenset[str],
         *,
         unless: asyncio.Future[Any],
     ) -> int:
-        """Write to a viewer that has everything each chunk as it comes, and `heartbeat` after so
-        many seconds of none, until there is something for the viewer itself to do, its line is
-        full, or `unless` is done. Returns the index from which it goes on."""
+        """Write to a viewer that has everything each event of these kinds as it comes, and
+        `heartbeat` after so many seconds of none, until there is something for the viewer itself to
+        do, its line is full, or `unless` is done. Returns the index from which it goes on."""
         if unless.done():
             return len(self.events)
         riders = self._riders.get(wire)
         if riders is None:
-            riders = self._riders[wire] = Riders(heartbeat, seconds)
+            riders = self._riders[wire] = Riders(heartbeat, seconds, kinds)
         self._carry()  # Else it would be written to this one, too, who has it.
         waiter = riders.get_on(line, len(self.events))
         get_off = partial(riders.get_off, waiter)

@@ -13,7 +13,7 @@ from api.long_response import RETRY_MS, BrokenOff, Exit, LongResponse, come_back
 from api.problems import problem
 from api.wires import native, text
 from relay.errors import StreamGone
-from relay.events import CANCELLED, FAILED, STARTED, Cursor, Event
+from relay.events import CANCELLED, FAILED, STARTED, TEXT, WHOLE, Cursor, Event
 
 
 class Superseded(BrokenOff):
@@ -29,6 +29,8 @@ class Viewer(LongResponse):
     media_type = native.MEDIA_TYPE
     wire: Wire = staticmethod(native.encoder)
     heartbeat = native.HEARTBEAT
+    rides_on = frozenset({STARTED, TEXT, WHOLE})
+    """The kinds of events whose frames are to be written as they are."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class Viewer(LongResponse):
     async def _ride(self, send: Send, line: Line, over: asyncio.Future[Exit]) -> int:
         """Let the feed write what comes for as long as that is all there is to do."""
         index = await self._feed.ride(
-            self.wire, line, self.heartbeat, self._heartbeat_seconds, unless=over
+            self.wire, line, self.heartbeat, self._heartbeat_seconds, self.rides_on, unless=over
         )
         if line.full:
             await self._until_taken(send)
@@ -140,6 +142,7 @@ class HeldViewer(Viewer):
     """A wire whose status and headers wait for its first words, so that an answer which ends before
     them is an error by its status. What it has said cannot be taken back."""
 
+    rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
     _silent = 0
     """The index up to which the newest attempt has said nothing."""

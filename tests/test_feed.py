@@ -17,6 +17,7 @@ def event(cursor: str, kind: str = TEXT, data: bytes = b'"x"') -> Event:
 QUEUE = event("0-1", QUEUED, b"{}")
 FIRST = event("1-0", STARTED, b"{}")
 SECOND = event("2-0", STARTED, b"{}")
+CHUNKS = frozenset({TEXT})
 
 
 def feed_of(*events: Event) -> Feed:
@@ -144,8 +145,8 @@ async def test_an_encoder_that_fails_takes_nothing_from_the_riders_of_other_wire
 
     feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
     line = Written()
-    let_off = asyncio.create_task(feed.ride(broken, Written(), b"", 60, unless=over))
-    rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, unless=over))
+    let_off = asyncio.create_task(feed.ride(broken, Written(), b"", 60, CHUNKS, unless=over))
+    rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
     await asyncio.sleep(0)
     feed.add([event("1-1")])
     await asyncio.wait([let_off], timeout=2)
@@ -155,6 +156,23 @@ async def test_an_encoder_that_fails_takes_nothing_from_the_riders_of_other_wire
     over.set_result(None)
     assert await rides_on == 4
     assert line.chunks == [b'3\r\n"x"\r\n'] * 2
+
+
+async def test_each_wire_rides_on_for_the_kinds_of_events_that_it_takes_as_they_are() -> None:
+    def other() -> Encode:
+        return lambda event: event.data
+
+    feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
+    line, kinds = Written(), CHUNKS | {STARTED}
+    let_off = asyncio.create_task(feed.ride(other, Written(), b"", 60, CHUNKS, unless=over))
+    rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, kinds, unless=over))
+    await asyncio.sleep(0)
+    feed.add([SECOND, event("2-1")])
+    await asyncio.wait([let_off], timeout=2)
+    assert let_off.result() == 2, "it has not seen the new attempt"
+    assert line.chunks == [b'5\r\n{}"x"\r\n']
+    feed.add([event("2-2", COMPLETED, b"{}")])
+    assert await rides_on == 4, "nobody rides on to the end"
 
 
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:
