@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import hypothesis
 import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
@@ -36,6 +37,16 @@ from worker.claiming import ClaimingWorker
 from worker.main import create_worker
 
 ROOT = Path(__file__).parent.parent
+
+# By a clock no example is wrong: a busy machine may stand still within any, and in a fresh clone
+# the first one waits for the tables of Unicode.
+hypothesis.settings.register_profile(
+    "no clock",
+    hypothesis.settings(),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("no clock")
 
 
 @pytest.fixture(autouse=True)
