@@ -4,14 +4,13 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from api.line import Line
 from api.riders import Riders
 from api.settle import settle
 from relay.errors import StreamGone
-from relay.events import STARTED, Cursor, Event
+from relay.events import STARTED, Cursor, Event, fitting
 
 Encode = Callable[[Event], bytes]
 Wire = Callable[[], Encode]
@@ -107,8 +106,7 @@ class Feed:
         if len(frames) < len(self.events):
             frames += [encode(event) for event in self.events[len(frames) :]]
         piece = frames[start : start + FRAMES_AT_ONCE]
-        sizes = list(accumulate(map(len, piece)))
-        return piece[: max(1, bisect_right(sizes, BYTES_AT_ONCE))]
+        return piece[: fitting(piece, BYTES_AT_ONCE)]
 
     def notice(self, text: bytes) -> None:
         """Tell all viewers that are here now something that is no event: one line, no LF."""

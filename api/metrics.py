@@ -5,7 +5,6 @@ one that is asked. Numbers alone: no id, no text.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 from fastapi import APIRouter, Response
@@ -52,15 +51,15 @@ def _here(parts: Parts) -> Iterator[_Fact]:
 
 
 async def _everywhere(parts: Parts) -> list[_Fact]:
-    facts: list[_Fact] = []
     if parts.hub.redis_away:
-        return facts  # Without waiting to find out again.
-    with suppress(RedisError):
+        return []  # Without waiting to find out again.
+    try:
         load = await parts.log.load()
-        facts += [
-            _Fact("queued", "Streams that wait for a worker", load.queued),
-            _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds),
-            _Fact("running", "Answers that a worker holds", load.running),
-            _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks),
-        ]
-    return facts
+    except RedisError:
+        return []
+    return [
+        _Fact("queued", "Streams that wait for a worker", load.queued),
+        _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds),
+        _Fact("running", "Answers that a worker holds", load.running),
+        _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks),
+    ]

@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sys
-from dataclasses import replace
 
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
@@ -43,8 +42,17 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
         drain, env["RELAY_DRAIN_SECONDS"] = 0.0, "0"
     children = []
     if redis:
-        store = Child("redis", redis.argv, os.environ, redis.ready, STORE, redis.pass_fds)
-        children.append(replace(store, bounded=False))
+        children.append(
+            Child(
+                "redis",
+                redis.argv,
+                os.environ,
+                redis.ready,
+                STORE,
+                redis.pass_fds,
+                bounded=False,
+            )
+        )
     if settings.upstream is None:
         # A port chosen here and not by the child: started again it must stand where workers look.
         demo = free_port("127.0.0.1", 0)

@@ -21,6 +21,7 @@ from relay.events import (
     Event,
     entry,
     first_choice_text,
+    from_json,
     join_text,
     text_in,
     to_json,
@@ -61,15 +62,7 @@ def speaks(chunk: Chunk) -> bool:
 
 
 def _load(data: bytes) -> Any:
-    return _JSON.decode(data.decode(errors="replace"))
-
-
-def _refuse(constant: str) -> None:
-    """NaN and its like, which Python takes for JSON and no client could read."""
-    raise ValueError(constant)
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse)
+    return from_json(data.decode(errors="replace"))
 
 
 class _Strict(BaseModel):

@@ -2,6 +2,9 @@
 
 import json
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final, NamedTuple, Self
 
 from relay.errors import MalformedCursor
@@ -80,6 +83,19 @@ def to_json(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
+def from_json(text: str) -> Any:
+    """Raises ValueError also for NaN and its like, which Python takes for JSON and no client could
+    read, and RecursionError for what is too deep."""
+    return _STRICT.decode(text)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse)
+
+
 def text_of(event: Event) -> str:
     """The text that an event adds to the answer (the first choice's), often empty."""
     if event.kind == TEXT:
@@ -101,6 +117,11 @@ def text_in(delta: dict[str, Any], name: str) -> str:
     send a list of parts, which only the wires that tell whole chunks can pass on."""
     text = delta.get(name)
     return text if isinstance(text, str) else ""
+
+
+def fitting(pieces: Sequence[str | bytes], room: int) -> int:
+    """How many of the first ones are not longer than `room` together; at least one."""
+    return max(1, bisect_right(list(accumulate(map(len, pieces))), room))
 
 
 def join_text(parts: list[str]) -> str:

@@ -1,9 +1,7 @@
 """The log: what a stream's viewers see, in order, kept in Redis."""
 
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Self
 
 from arq.jobs import serialize_job
@@ -14,7 +12,7 @@ from redis.typing import EncodableT
 from relay import keys
 from relay.connection import script
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
-from relay.events import QUEUED, TERMINAL, Cursor, Event, to_json
+from relay.events import QUEUED, TERMINAL, Cursor, Event, fitting, to_json
 from relay.ids import new_stream_id
 from relay.settings import Settings
 
@@ -67,8 +65,7 @@ class Batch(NamedTuple):
         """Its first entries: as many as `room` bytes hold, and at least one."""
         if self.size <= room:
             return self
-        sizes = list(accumulate(map(len, self.entries[1::2])))
-        return self._replace(entries=self.entries[: 2 * max(1, bisect_right(sizes, room))])
+        return self._replace(entries=self.entries[: 2 * fitting(self.entries[1::2], room)])
 
     @property
     def ends(self) -> bool:

@@ -182,7 +182,7 @@ async def test_an_answer_that_fails_before_its_first_chunk_is_an_error_by_its_st
     code: str,
     streams: bool,
 ) -> None:
-    monkeypatch.setattr("worker.upstream.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
     with pytest.raises(error) as raised:
         await sdk.chat.completions.create(model=MODEL, messages=question(**script), stream=streams)
     assert raised.value.code == code

@@ -71,7 +71,7 @@ class NotedLog(Log):
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.appender.REDIS_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr("worker.upstream.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
 
 
 @pytest.fixture

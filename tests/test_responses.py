@@ -234,7 +234,7 @@ async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
 async def test_a_failure_is_told_in_band_to_who_watches_and_by_its_status_to_who_waits(
     sdk: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.upstream.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
     asked = asking(status=429, retry_after_ms=1)
     with pytest.raises(openai.RateLimitError) as raised:
         await sdk.responses.create(**asked)

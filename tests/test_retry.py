@@ -1,8 +1,13 @@
 import math
+from functools import partial
 
 import pytest
 
-from worker.retry import FIRST_SECONDS, MOST_SECONDS, delay_before
+from worker import retry
+from worker.upstream import FIRST_RETRY_SECONDS as FIRST_SECONDS
+from worker.upstream import MOST_RETRY_SECONDS as MOST_SECONDS
+
+delay_before = partial(retry.delay_before, first_seconds=FIRST_SECONDS, most_seconds=MOST_SECONDS)
 
 
 @pytest.mark.parametrize(

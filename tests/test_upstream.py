@@ -26,7 +26,7 @@ SECRET = "the secret of the vendor"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.upstream.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
 
 
 @asynccontextmanager

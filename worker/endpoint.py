@@ -33,6 +33,7 @@ class Endpoint:
     def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
         """Raises ConfigurationError if an extra is missing."""
         self._client = _client(upstream, settings)
+        self._timeout = self._client.timeout.as_dict()
         self._token = _token_provider(upstream)
         sdk = _sdk(upstream, self._token, self._client)
         known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
@@ -51,7 +52,7 @@ class Endpoint:
             self._url,
             headers=self._headers,
             content=body,
-            extensions={"timeout": self._client.timeout.as_dict()},
+            extensions={"timeout": self._timeout},
         )
         if self._token is not None:
             request.headers["authorization"] = f"Bearer {await _signed_in(self._token)}"

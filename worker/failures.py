@@ -20,8 +20,8 @@ class Refused(UpstreamError):
     """It answered by an error status."""
 
     def __init__(self, response: httpx2.Response, error: dict[str, Any]) -> None:
-        told = _of_status(response.status_code, error)
-        super().__init__(told.code, told.message, retryable=told.retryable)
+        code, message, retryable = _told(response.status_code, error)
+        super().__init__(code, message, retryable=retryable)
         self.headers: Mapping[str, str] = response.headers
 
 
@@ -60,38 +60,24 @@ def _error_in(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _of_status(status: int, error: dict[str, Any]) -> UpstreamError:
+def _told(status: int, error: dict[str, Any]) -> tuple[str, str, bool]:
+    """Code, message, and whether the same may succeed later."""
     code, param = _identifier(error.get("code")), _identifier(error.get("param"))
     if code == "content_filter":
-        return UpstreamError(
-            "content_filter", "The model service's filter refused the prompt.", retryable=False
-        )
+        return "content_filter", "The model service's filter refused the prompt.", False
     if status == 429:
-        return UpstreamError(
-            "upstream_rate_limited",
-            "The model service is at its limit: wait, then ask again.",
-            retryable=True,
-        )
+        message = "The model service is at its limit: wait, then ask again."
+        return "upstream_rate_limited", message, True
     if status in {401, 403}:
-        return UpstreamError(
-            "upstream_denied", "The model service refused this server's key.", retryable=False
-        )
+        return "upstream_denied", "The model service refused this server's key.", False
     if status == 404 or 300 <= status < 400:
-        return UpstreamError(
-            "upstream_missing",
-            "The model service does not know this server's deployment or model.",
-            retryable=False,
-        )
+        message = "The model service does not know this server's deployment or model."
+        return "upstream_missing", message, False
     if status in {408, 409} or status >= 500:
-        return UpstreamError(
-            "upstream_unavailable", "The model service is not available: ask again.", retryable=True
-        )
+        return "upstream_unavailable", "The model service is not available: ask again.", True
     reason = ", ".join(filter(None, (code, param)))
-    return UpstreamError(
-        "upstream_refused",
-        f"The model service refused the request{f' ({reason})' if reason else ''}.",
-        retryable=False,
-    )
+    message = f"The model service refused the request{f' ({reason})' if reason else ''}."
+    return "upstream_refused", message, False
 
 
 def _identifier(text: object) -> str | None:

@@ -2,9 +2,6 @@
 
 from collections.abc import Mapping
 
-FIRST_SECONDS = 0.5
-MOST_SECONDS = 20.0
-"""For the upstream. More than this nobody waits for a first word: a longer Retry-After is cut."""
 _DOUBLINGS = 64
 """Enough for any wait to be the longest, and few enough for a float to hold."""
 
@@ -14,8 +11,8 @@ def delay_before(
     headers: Mapping[str, str],
     chance: float,
     *,
-    first_seconds: float = FIRST_SECONDS,
-    most_seconds: float = MOST_SECONDS,
+    first_seconds: float,
+    most_seconds: float,
 ) -> float:
     """Seconds before try `number`, 2 being the first retry; `chance` from 0 to 1.
 

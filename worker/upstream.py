@@ -17,12 +17,16 @@ from relay.turnstile import Turnstile
 from worker.endpoint import Endpoint
 from worker.failures import FAILURES, Refused, refused, translated
 from worker.http1 import pour
-from worker.retry import FIRST_SECONDS, delay_before
+from worker.retry import delay_before
 from worker.sse import Decoder
 
 logger = get_logger("upstream")
 
 ASKED_IN_A_ROW = 4
+"""And then a rest, see Turnstile."""
+FIRST_RETRY_SECONDS = 0.5
+MOST_RETRY_SECONDS = 20.0
+"""More than this nobody waits for a first word: a longer Retry-After is cut."""
 END_SECONDS = 1.0
 """From [DONE] to the end of the body, at most."""
 MEDIA_TYPE = "text/event-stream"
@@ -79,9 +83,13 @@ class Upstream:
                 if answer.begun or last or not translated(cause).retryable:
                     raise translated(cause) from None
                 code = translated(cause).code
-                headers = cause.headers if isinstance(cause, Refused) else {}
-                chance = random.random()  # noqa: S311
-                seconds = delay_before(number + 1, headers, chance, first_seconds=FIRST_SECONDS)
+                seconds = delay_before(
+                    number + 1,
+                    cause.headers if isinstance(cause, Refused) else {},
+                    random.random(),  # noqa: S311
+                    first_seconds=FIRST_RETRY_SECONDS,
+                    most_seconds=MOST_RETRY_SECONDS,
+                )
             log.warning("upstream_retry", code=code, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 

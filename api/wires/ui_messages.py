@@ -1,11 +1,20 @@
 """The AI SDK's UI message stream: parts of one assistant message, as useChat puts it together."""
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from relay.chunks import Chunk, Expander, reasoning_of
-from relay.events import CANCELLED, COMPLETED, STARTED, TEXT, Event, join_text, text_in, to_json
+from relay.events import (
+    CANCELLED,
+    COMPLETED,
+    STARTED,
+    TEXT,
+    Event,
+    from_json,
+    join_text,
+    text_in,
+    to_json,
+)
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"x-vercel-ai-ui-message-stream": "v1"}
@@ -52,16 +61,11 @@ class _Call:
         part = {"toolCallId": self.id, "toolName": self.name}
         text = join_text(self.pieces)
         try:
-            given = json.loads(text or "{}", parse_constant=_refuse)
+            given = from_json(text or "{}")
             return _frame({"type": "tool-input-available", **part, "input": given})
         except (ValueError, RecursionError):
             told = "The model's arguments are no JSON."
             return _frame({"type": "tool-input-error", **part, "input": text, "errorText": told})
-
-
-def _refuse(constant: str) -> None:
-    """NaN and its like, which Python would pass on and no client could read."""
-    raise ValueError(constant)
 
 
 class _Encoder:
