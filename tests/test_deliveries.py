@@ -289,21 +289,70 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
 
 
 async def test_a_slow_receiver_holds_up_no_other(
-    redis: Redis, log: Log, settings: Settings, receiver: Receiver, names: Names
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    names: Names,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names["slow.test"] = names["quick.test"] = ["127.0.0.1"]
-    async with receiving() as slow:
+    async with receiving() as slow, telling(settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(deliveries, "SLOW_SECONDS", 0)
+            await ended(log, f"http://slow.test:{slow.port}")
+            await settled(redis)
         slow.answering.clear()
         for _ in range(deliveries.MOST + 1):
             await ended(log, f"http://slow.test:{slow.port}")
-        async with telling(settings):
-            await slow.request(deliveries.MOST_TO_A_HOST - 1)
-            await ended(log, f"http://quick.test:{receiver.port}")
-            await receiver.request(seconds=3)
-            assert len(slow.requests) == deliveries.MOST_TO_A_HOST
-            slow.answering.set()
+        await slow.request(deliveries.MOST_TO_THE_SLOW)
+        await ended(log, f"http://quick.test:{receiver.port}")
+        await receiver.request(seconds=3)
+        assert len(slow.requests) == 1 + deliveries.MOST_TO_THE_SLOW
+        slow.answering.set()
+        await settled(redis)
+    assert len(slow.requests) == 1 + deliveries.MOST + 1
+
+
+async def test_a_quick_receiver_is_told_of_many_at_once_and_of_each_at_the_first_try(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deliveries, "SLOW_SECONDS", 60)
+    receiver.answering.clear()
+    for _ in range(2 * deliveries.MOST):
+        await ended(log, receiver.url)
+    async with telling(settings):
+        await receiver.request(deliveries.MOST - 1)
+        receiver.answering.set()
+        await settled(redis)
+    assert {each["event"] for each in outcomes(caplog)} == {"webhook_delivered"}
+
+
+async def test_a_receiver_that_was_slow_is_as_good_as_any_once_it_is_quick(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with telling(settings):
+        for seconds in (0, 60):
+            monkeypatch.setattr(deliveries, "SLOW_SECONDS", seconds)
+            await ended(log, receiver.url)
             await settled(redis)
-    assert len(slow.requests) == deliveries.MOST + 1
+        receiver.answering.clear()
+        for _ in range(deliveries.MOST):
+            await ended(log, receiver.url)
+        await receiver.request(2 + deliveries.MOST - 1)
+        receiver.answering.set()
+        await settled(redis)
+    assert {each["event"] for each in outcomes(caplog)} == {"webhook_delivered"}
 
 
 async def test_nothing_is_sent_to_a_private_address_unless_that_is_allowed(

@@ -17,8 +17,11 @@ from worker.retry import delay_before
 logger = get_logger("deliveries")
 
 MOST = 50
-MOST_TO_A_HOST = 20
+MOST_TO_THE_SLOW = 20
 """At a time, by one worker: a receiver that is slow must leave room for the others."""
+SLOW_SECONDS = 1.0
+SLOW_FOR_SECONDS = 600.0
+"""A receiver is taken for slow if its last try took longer than the first, and until the second."""
 POLL_SECONDS = 1.0
 """For what has to be tried again, and for streams that were not ended by this worker."""
 FIRST_RETRY_SECONDS = 5.0
@@ -38,6 +41,8 @@ class Deliveries:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._hosts: list[str] = []
         """Of those that are under way."""
+        self._slow: dict[str, float] = {}
+        """Hosts, and until when they are taken for slow."""
         self._stopped = False
         self._woken = asyncio.Event()
 
@@ -127,7 +132,9 @@ class Deliveries:
             raise NoAnswer("NotAllowed") from None
 
     async def _send(self, delivery: Delivery, target: Target) -> Answer:
-        if self._hosts.count(target.host) >= MOST_TO_A_HOST:
+        begun = asyncio.get_running_loop().time()
+        slow = self._slow.get(target.host, 0) > begun
+        if slow and self._hosts.count(target.host) >= MOST_TO_THE_SLOW:
             raise NoAnswer("TooManyUnderWay")
         body = payload(delivery.stream_id, delivery.kind, delivery.ended_ms, delivery.data)
         headers = self._webhooks.headers(delivery.stream_id, body, int(time.time()))
@@ -136,6 +143,15 @@ class Deliveries:
             return await self._post.send(target, headers, body)
         finally:
             self._hosts.remove(target.host)
+            self._note_pace(target.host, begun)
+
+    def _note_pace(self, host: str, begun: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._slow = {each: until for each, until in self._slow.items() if until > now}
+        if now - begun > SLOW_SECONDS:
+            self._slow[host] = now + SLOW_FOR_SECONDS
+        else:
+            self._slow.pop(host, None)
 
     async def _give_back(self, delivery: Delivery, log: Logger) -> None:
         """Due at once for another worker; what was erased stays so."""
