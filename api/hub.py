@@ -1,7 +1,6 @@
 """The hub: one pub/sub connection per process, one feed per watched stream."""
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -27,11 +26,13 @@ logger = get_logger("hub")
 PATROL_SECONDS = 5.0
 """How often a watched log is read again: it may have expired, or Redis may have come back empty."""
 
-LEASES_SECONDS = 1.0
-"""How often it is asked whether the workers of the watched streams still hold them."""
+REASON_SECONDS = 1.0
+"""How often it is asked whether there is a reason for which nothing may come."""
 NOTICE_SECONDS = 5.0
 """How often viewers are told that it still is so."""
-LEASE_LAPSED = b"the worker fell silent, another one is to take over"
+SILENT_SECONDS = 3.0
+"""Without a sign of life for so long there is no worker: a restart takes less."""
+NO_WORKER = b"no worker is running, the answer comes when one does"
 REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it does"
 
 
@@ -137,7 +138,7 @@ class Hub:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listener.run())
             group.create_task(self._patrol())
-            group.create_task(self._watch_leases())
+            group.create_task(self._tell_reasons())
 
     def drain(self) -> None:
         """Let viewers go, each in its own time and broken off, so that they go elsewhere."""
@@ -216,27 +217,31 @@ class Hub:
 
     # Telling viewers why nothing comes.
 
-    async def _watch_leases(self) -> None:
-        """No event can say that a worker has died, until a sweep finds it. So this does."""
-        told: dict[str, float] = {}
+    async def _tell_reasons(self) -> None:
+        """No event can say that there is nobody who would write one. So this does."""
+        told: dict[Feed, float] = {}
         while True:
-            await asyncio.sleep(LEASES_SECONDS)
-            if self.redis_away:
-                waiting, notice = set(self._feeds), REDIS_AWAY
-            else:
-                waiting, notice = await self._find_lapsed()
+            await asyncio.sleep(REASON_SECONDS)
+            reason = await self._reason_to_wait()
             now = time.monotonic()
-            told = {each: seconds for each, seconds in told.items() if each in waiting}
-            for stream_id in waiting & self._feeds.keys():
-                if now - told.get(stream_id, -math.inf) >= NOTICE_SECONDS:
-                    told[stream_id] = now
-                    self._feeds[stream_id].notice(notice)
+            # Who comes later has a turn of its own, and is told at once.
+            told = {feed: at for feed, at in told.items() if reason and now - at < NOTICE_SECONDS}
+            for feed in self._feeds.values() if reason else ():
+                if feed not in told:
+                    told[feed] = now
+                    feed.notice(reason)
 
-    async def _find_lapsed(self) -> tuple[set[str], bytes]:
+    async def _reason_to_wait(self) -> bytes:
+        """Empty if there is none."""
+        if self.redis_away:
+            return REDIS_AWAY
+        if not self._feeds:
+            return b""
         try:
-            return await self._log.lapsed(list(self._feeds)), LEASE_LAPSED
+            silent = await self._log.silent_seconds() > SILENT_SECONDS
         except RedisError:
-            return set(self._feeds), REDIS_AWAY
+            return REDIS_AWAY
+        return NO_WORKER if silent else b""
 
     # Hearing what is published.
 

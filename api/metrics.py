@@ -62,4 +62,5 @@ async def _everywhere(parts: Parts) -> list[_Fact]:
         _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds),
         _Fact("running", "Answers that a worker holds", load.running),
         _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks),
+        _Fact("worker_silent_seconds", "Since a worker's last sign of life", load.silent_seconds),
     ]

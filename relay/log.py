@@ -1,6 +1,7 @@
 """The log: what a stream's viewers see, in order, kept in Redis."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -101,6 +102,8 @@ class Load(NamedTuple):
     """Claims that stand, dead workers' among them until a sweep finds those."""
     webhooks: int
     """Ended streams of which somebody is still to be told."""
+    silent_seconds: float
+    """As Log.silent_seconds."""
 
 
 class Log:
@@ -259,25 +262,22 @@ class Log:
             pipe.zrange(keys.QUEUE, 0, 0, withscores=True)
             pipe.zcard(keys.LEASES)
             pipe.zcard(keys.WEBHOOKS)
-            (seconds, micros), queued, first, running, webhooks = await pipe.execute()
-        now = seconds + micros / 1e6
-        waited = max(0.0, now - first[0][1] / 1000) if first else 0.0
-        return Load(queued, waited, running, webhooks)
+            pipe.get(keys.SWEPT)
+            time, queued, first, running, webhooks, swept = await pipe.execute()
+        waited = _seconds_since(first[0][1], time) if first else 0.0
+        silent = _seconds_since(swept, time)
+        return Load(queued, waited, running, webhooks, silent)
 
-    async def lapsed(self, stream_ids: Sequence[str]) -> set[str]:
-        """Those of these streams whose worker let its lease lapse, and which no sweep found yet.
-        Raises RedisError also where Redis answers but takes nothing in."""
-        if not stream_ids:
-            return set()
+    async def silent_seconds(self) -> float:
+        """How long no worker has given a sign of life, which each does twice a second; infinity if
+        none ever did. Raises RedisError also where Redis answers but takes nothing in."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
-            pipe.zmscore(keys.LEASES, list(stream_ids))
+            pipe.get(keys.SWEPT)
             # One that is full or a replica still answers reads: only a write finds that out.
             pipe.set(keys.PROBE, 1, ex=_PROBE_SECONDS)
-            (seconds, micros), until, _ = await pipe.execute()
-        now_ms = seconds * 1000 + micros / 1000
-        leases = zip(stream_ids, until, strict=True)
-        return {each for each, end_ms in leases if end_ms is not None and end_ms < now_ms}
+            time, swept, _ = await pipe.execute()
+        return _seconds_since(swept, time)
 
     async def remaining_ms(self, stream_id: str) -> int:
         """How long the log will still be readable, in ms; negative if it is gone."""
@@ -355,6 +355,14 @@ def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> Event:
     attempt, _, seq = entry_id.partition(b"-")
     [(kind, data)] = fields.items()
     return Event(Cursor(int(attempt), int(seq)), kind.decode(), data)
+
+
+def _seconds_since(moment_ms: bytes | float | None, time: tuple[int, int]) -> float:
+    """Until a time as Redis tells it, in seconds and microseconds."""
+    if moment_ms is None:
+        return math.inf
+    seconds, micros = time
+    return max(0.0, seconds + micros / 1e6 - float(moment_ms) / 1000)
 
 
 def _report(report: bytes) -> tuple[int, float]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from api import hub as hub_module
-from api.feed import FRAMES_AT_ONCE
-from api.hub import Hub
+from api.feed import FRAMES_AT_ONCE, Feed
+from api.hub import NO_WORKER, Hub
 from api.wires import native
 from cli.redis_server import RedisServer
 from relay import keys
@@ -666,3 +666,53 @@ async def test_a_cursor_of_an_attempt_that_is_over_leads_to_the_newest_start(
         await taker.has(b"started")
     assert taker.frames[0].id == "2-0"
     assert Cursor.parse(taker.frames[0].id) == (2, 0)
+
+
+@pytest.fixture
+async def attentive_hub(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
+    """It asks for reasons to wait without a pause."""
+    monkeypatch.setattr(hub_module, "REASON_SECONDS", 0)
+    async with running_hub(redis) as hub:
+        yield hub
+
+
+async def told(feed: Feed, *notices: bytes) -> None:
+    async def all_of_them() -> bool:
+        return feed.notices[: len(notices)] == list(notices)
+
+    await until(all_of_them)
+
+
+async def test_whoever_waits_for_a_worker_is_told_that_there_is_none_and_whoever_comes_then_too(
+    attentive_hub: Hub, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "NOTICE_SECONDS", 60)
+    one, two = [await make_log(redis).create({"messages": []}) for _ in range(2)]
+    async with entered(attentive_hub, one.stream_id) as first:
+        await told(first, NO_WORKER)
+        async with entered(attentive_hub, two.stream_id) as second:
+            await told(second, NO_WORKER)
+        assert first.notices == [NO_WORKER]
+
+
+async def test_it_is_told_again_for_as_long_as_it_is_so(
+    attentive_hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "NOTICE_SECONDS", 0.01)
+    async with entered(attentive_hub, writer.stream_id) as feed:
+        await told(feed, *[NO_WORKER] * 3)
+
+
+async def test_while_a_worker_gives_signs_of_life_nobody_is_told_anything(
+    attentive_hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "SILENT_SECONDS", 60)
+    await make_claims(redis).sweep()
+    asked = counting(monkeypatch, "silent_seconds")
+
+    async def often() -> bool:
+        return asked["silent_seconds"] > 3
+
+    async with entered(attentive_hub, writer.stream_id) as feed:
+        await until(often)
+    assert feed.notices == []

@@ -1,5 +1,6 @@
 """What an operator watches, on real processes' parts and a real Redis."""
 
+import math
 from typing import Any
 
 import httpx2
@@ -12,7 +13,13 @@ from relay import keys
 from relay.settings import Settings
 from tests.conftest import ask, changed, make_claims, running_api, until
 
-SHARED = {"relay_queued", "relay_oldest_queued_seconds", "relay_running", "relay_webhooks"}
+SHARED = {
+    "relay_queued",
+    "relay_oldest_queued_seconds",
+    "relay_running",
+    "relay_webhooks",
+    "relay_worker_silent_seconds",
+}
 
 
 async def told(api: httpx2.AsyncClient) -> dict[str, float]:
@@ -46,6 +53,19 @@ async def test_an_empty_queue_has_no_oldest(settings: Settings) -> None:
         seen = await told(api)
     assert (seen["relay_queued"], seen["relay_oldest_queued_seconds"]) == (0, 0)
     assert (seen["relay_redis_up"], seen["relay_draining"]) == (1, 0)
+
+
+async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(settings) as api:
+        assert (await told(api))["relay_worker_silent_seconds"] == math.inf
+        await make_claims(redis).sweep()
+        assert (await told(api))["relay_worker_silent_seconds"] < 60
+        swept = await redis.get(keys.SWEPT)
+        assert swept is not None
+        await redis.set(keys.SWEPT, int(swept) - 60_000)
+        assert (await told(api))["relay_worker_silent_seconds"] >= 60
 
 
 async def test_the_viewers_are_those_of_the_process_that_is_asked(settings: Settings) -> None:
