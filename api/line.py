@@ -43,7 +43,7 @@ class Line:
 
     def write(self, chunk: bytes) -> None:
         """A piece of the body, as `chunk_of` makes it; the response must have begun. It waits for
-        nothing and is sent with the loop's next round."""
+        nothing: what the peer does not take is kept."""
         # uvloop raises for a connection that is closing, and others are still to be written to.
         if not self._transport.is_closing():
             self._transport.write(chunk)
