@@ -103,6 +103,8 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         webhooks=webhook.router,
         lifespan=lifespan,
+        # They would lead to what Host says, and from https to http.
+        redirect_slashes=False,
     )
     app.cors_origins = settings.cors_origins
     problems.install(app, SHAPES)

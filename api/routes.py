@@ -1,5 +1,6 @@
 """The native API."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -310,12 +311,24 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
 
 
+_VIEWERS = {"application/json": None, native.MEDIA_TYPE: Viewer, text.MEDIA_TYPE: TextViewer}
+
+
 def _viewer_for(accept: str) -> type[Viewer] | None:
-    """The kind of viewer that an Accept header asks for by name."""
-    wanted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
-    for media_type in wanted:
-        if media_type == native.MEDIA_TYPE:
-            return Viewer
-        if media_type == text.MEDIA_TYPE:
-            return TextViewer
-    return None
+    """The kind of viewer that an Accept header asks for by name; None if for none, or rather for
+    JSON, as HTTP clients for JSON do that name text, too."""
+    viewer, most = None, 0.0
+    for part in accept.lower().split(","):
+        media_type, *parameters = (each.strip() for each in part.split(";"))
+        if media_type in _VIEWERS and (weight := _weight(parameters)) > most:
+            viewer, most = _VIEWERS[media_type], weight
+    return viewer
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            with suppress(ValueError):
+                return float(value)
+    return 1.0

@@ -360,6 +360,24 @@ async def test_who_asks_and_watches_in_one_request_has_nothing_read(
     assert (kinds[:2], kinds[-1]) == (["queued", "started"], "completed")
 
 
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "application/json"),
+        ("application/json, text/plain, */*", "application/json"),
+        ("text/event-stream;q=0, */*", "application/json"),
+        ("text/html, text/event-stream", "text/event-stream; charset=utf-8"),
+        ("text/plain;q=0.5, Text/Event-Stream; Q=0.9", "text/event-stream; charset=utf-8"),
+        ("text/plain;q=high, text/event-stream;q=0.9", "text/plain; charset=utf-8"),
+    ],
+)
+async def test_post_answers_by_what_its_client_would_rather_have(
+    stack: httpx2.AsyncClient, accept: str, media_type: str
+) -> None:
+    response = await stack.post("/chat", json=asking(chunks=1), headers={"accept": accept})
+    assert response.headers["content-type"] == media_type
+
+
 async def test_who_repeats_a_request_watches_the_stream_that_stands(
     stack: httpx2.AsyncClient,
 ) -> None:
