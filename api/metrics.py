@@ -15,9 +15,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
 from api.parts import Parts, PartsOfApp
+from relay.log import Load
 
 router = APIRouter()
 
@@ -35,11 +38,13 @@ class _Fact(NamedTuple):
     responses={200: {"content": {"text/plain": {}}, "description": "For Prometheus."}},
 )
 async def metrics(parts: PartsOfApp) -> Response:
-    """Gauges. Without Redis, those that only it knows are left out."""
+    """Without Redis, what only it knows is left out."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    for name, what, value in [*_here(parts), *await _everywhere(parts)]:
+    load = await _load(parts)
+    for name, what, value in [*_here(parts), *_everywhere(load)]:
         Gauge(f"relay_{name}", what, registry=registry).set(value)
+    registry.register(_Endings(load))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -50,17 +55,33 @@ def _here(parts: Parts) -> Iterator[_Fact]:
     yield _Fact("queue_limit", "How many streams may wait", parts.settings.queue_limit)
 
 
-async def _everywhere(parts: Parts) -> list[_Fact]:
+async def _load(parts: Parts) -> Load | None:
     if parts.hub.redis_away:
-        return []  # Without waiting to find out again.
+        return None  # Without waiting to find out again.
     try:
-        load = await parts.log.load()
+        return await parts.log.load()
     except RedisError:
-        return []
-    return [
-        _Fact("queued", "Streams that wait for a worker", load.queued),
-        _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds),
-        _Fact("running", "Answers that a worker holds", load.running),
-        _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks),
-        _Fact("worker_silent_seconds", "Since a worker's last sign of life", load.silent_seconds),
-    ]
+        return None
+
+
+def _everywhere(load: Load | None) -> Iterator[_Fact]:
+    if load is not None:
+        yield _Fact("queued", "Streams that wait for a worker", load.queued)
+        yield _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds)
+        yield _Fact("running", "Answers that a worker holds", load.running)
+        yield _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks)
+        yield _Fact("worker_silent_seconds", "Since a worker's sign of life", load.silent_seconds)
+
+
+class _Endings(Collector):
+    """A counter that Redis keeps; prometheus-client's own count in the process."""
+
+    def __init__(self, load: Load | None) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[Metric]:
+        if self._load is not None:
+            ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=["kind"])
+            for kind, count in self._load.ended.items():
+                ended.add_metric([kind], count)
+            yield ended

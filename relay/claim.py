@@ -158,7 +158,7 @@ class Claims:
 
     async def _let_go(self, *of: str) -> list[Released]:
         rows = await self._release(
-            keys=[keys.QUEUE, keys.LEASES, keys.WAKE, keys.SWEPT, keys.WEBHOOKS],
+            keys=[keys.QUEUE, keys.LEASES, keys.WAKE, keys.SWEPT, keys.WEBHOOKS, keys.ENDED],
             args=[
                 *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
                 self._queue_limit,

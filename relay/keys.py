@@ -11,6 +11,7 @@
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
+| relay:ended | hash | kind of terminal event -> how many streams have ended by it |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | string | written now and then, to see whether Redis takes anything in |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
@@ -41,6 +42,7 @@ from arq.constants import job_key_prefix
 QUEUE = "relay:queue"
 LEASES = "relay:leases"
 WEBHOOKS = "relay:webhooks"
+ENDED = "relay:ended"
 SWEPT = "relay:swept"
 PROBE = "relay:probe"
 WAKE = "relay:wake"

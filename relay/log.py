@@ -26,6 +26,7 @@ GONE = "This stream is gone: it was erased, has expired or was lost."
 BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""
 
+_ENDINGS = sorted(TERMINAL)
 _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
 _PROBE_SECONDS = 60
@@ -104,6 +105,8 @@ class Load(NamedTuple):
     """Ended streams of which somebody is still to be told."""
     silent_seconds: float
     """As Log.silent_seconds."""
+    ended: dict[str, int]
+    """Kind of terminal event -> how many streams have ended by it, since Redis began to count."""
 
 
 class Log:
@@ -201,6 +204,7 @@ class Log:
             *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
             keys.LEASES,
             keys.WEBHOOKS,
+            keys.ENDED,
             self._retention_ms,
         ]
         for batch in batches:
@@ -263,10 +267,11 @@ class Log:
             pipe.zcard(keys.LEASES)
             pipe.zcard(keys.WEBHOOKS)
             pipe.get(keys.SWEPT)
-            time, queued, first, running, webhooks, swept = await pipe.execute()
+            pipe.hmget(keys.ENDED, [*_ENDINGS])
+            time, queued, first, running, webhooks, swept, counts = await pipe.execute()
         waited = _seconds_since(first[0][1], time) if first else 0.0
-        silent = _seconds_since(swept, time)
-        return Load(queued, waited, running, webhooks, silent)
+        ended = {kind: int(count or 0) for kind, count in zip(_ENDINGS, counts, strict=True)}
+        return Load(queued, waited, running, webhooks, _seconds_since(swept, time), ended)
 
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if
@@ -295,6 +300,7 @@ class Log:
                 keys.job(stream_id),
                 keys.QUEUE,
                 keys.WEBHOOKS,
+                keys.ENDED,
             ],
             args=[stream_id, self._retention_ms, keys.CONTROL],
         )

@@ -488,6 +488,9 @@ async def test_to_cancel_again_changes_nothing(redis: Redis, log: Log) -> None:
 # Erase, and what is gone.
 
 
+OF_NO_STREAM = {keys.WAKE, keys.SWEPT, keys.ENDED}
+
+
 @pytest.mark.parametrize("age", ["queued", "running", "ended"])
 async def test_an_erased_stream_leaves_no_trace(redis: Redis, log: Log, age: str) -> None:
     stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
@@ -499,7 +502,7 @@ async def test_an_erased_stream_leaves_no_trace(redis: Redis, log: Log, age: str
         await log.erase(stream_id)
         _, message = [message async for message in take(pubsub, 2)]
     assert message["data"] == f"erase {stream_id}".encode()
-    assert {key async for key in redis.scan_iter()} <= {keys.WAKE.encode(), keys.SWEPT.encode()}
+    assert {key.decode() async for key in redis.scan_iter()} <= OF_NO_STREAM
 
 
 async def test_an_erased_log_stays_erased(redis: Redis, log: Log) -> None:
@@ -513,7 +516,7 @@ async def test_an_erased_log_stays_erased(redis: Redis, log: Log) -> None:
     await make_claims(redis).hand_over(claim)
     assert await make_claims(redis).sweep() == []
     assert await make_claims(redis).claim(1) == []
-    assert {key async for key in redis.scan_iter()} <= {keys.WAKE.encode(), keys.SWEPT.encode()}
+    assert {key.decode() async for key in redis.scan_iter()} <= OF_NO_STREAM
 
 
 async def test_a_log_that_vanished_alone_is_not_begun_again(redis: Redis, log: Log) -> None:

@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from relay import keys
 from relay.settings import Settings
-from tests.conftest import ask, changed, make_claims, running_api, until
+from tests.conftest import ask, changed, make_claims, running_api, running_worker, until, watch
 
 SHARED = {
     "relay_queued",
@@ -19,6 +19,7 @@ SHARED = {
     "relay_running",
     "relay_webhooks",
     "relay_worker_silent_seconds",
+    "relay_ended_total",
 }
 
 
@@ -27,6 +28,14 @@ async def told(api: httpx2.AsyncClient) -> dict[str, float]:
     response.raise_for_status()
     families = text_string_to_metric_families(response.text)
     return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+async def ends(api: httpx2.AsyncClient) -> dict[str, float]:
+    """Kind of terminal event -> how many streams ended by it."""
+    families = text_string_to_metric_families((await api.get("/metrics")).text)
+    [family] = [family for family in families if family.name == "relay_ended"]
+    assert family.type == "counter"
+    return {sample.labels["kind"]: sample.value for sample in family.samples}
 
 
 async def test_what_waits_and_what_runs_is_told_by_every_process(
@@ -55,6 +64,36 @@ async def test_an_empty_queue_has_no_oldest(settings: Settings) -> None:
     assert (seen["relay_redis_up"], seen["relay_draining"]) == (1, 0)
 
 
+async def test_the_ends_of_all_streams_are_counted_whoever_writes_them(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(settings) as api, running_worker(settings) as worker:
+        assert await ends(api) == {"completed": 0, "failed": 0, "cancelled": 0}
+        scripts: list[dict[str, Any]] = [{"chunks": 1}, {"chunks": 1}, {"status": 400}]
+        for script in scripts:
+            await watch(api, await ask(api, **script))
+        worker.allow_pick_jobs = False
+        waiting = await ask(api)
+        for _ in range(2):
+            await api.post(f"/streams/{waiting}/cancel")
+        assert await ends(api) == {"completed": 2, "failed": 1, "cancelled": 1}
+
+
+async def test_an_answer_that_was_tried_too_often_counts_as_failed(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(settings) as api:
+        await ask(api)
+        claims = make_claims(redis, lease_ms=1, max_attempts=1)
+        await claims.claim(1)
+
+        async def swept() -> bool:
+            return bool(await claims.sweep())
+
+        await until(swept)
+        assert (await ends(api))["failed"] == 1
+
+
 async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(
     settings: Settings, redis: Redis
 ) -> None:
@@ -72,7 +111,8 @@ async def test_the_viewers_are_those_of_the_process_that_is_asked(settings: Sett
     async with running_api(settings) as one, running_api(settings) as two:
         stream_id = await ask(one)
         async with one.sse(f"/streams/{stream_id}/events") as source:
-            await anext(aiter(source))
+            events = aiter(source)  # Let go of, it would close the connection.
+            await anext(events)
             assert (await told(one))["relay_viewers"] == 1
             assert (await told(two))["relay_viewers"] == 0
 

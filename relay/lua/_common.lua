@@ -40,23 +40,24 @@ end
 
 -- Closure is data: noted with the last append, and everything that is no longer needed goes. That
 -- somebody is to be told of it is noted in the same atom.
-local function close(id, state, leases, job, webhooks, kind)
+local function close(id, state, leases, job, webhooks, ended, kind)
   local now = now_ms()
   redis.call('HSET', state, 'ended', kind, 'ended_ms', now)
   if redis.call('HEXISTS', state, 'webhook') == 1 then redis.call('ZADD', webhooks, now, id) end
   redis.call('HDEL', state, 'request', 'cancel')
   redis.call('ZREM', leases, id)
   redis.call('DEL', job)
+  redis.call('HINCRBY', ended, kind, 1)
 end
 
 -- The terminal event of a stream that nobody writes. It stands in an attempt of its own: that
 -- fences off whoever still believes to own the stream, and reaches viewers who have more of the
 -- last attempt than a Redis that lost its tail.
-local function close_unowned(id, log, state, channel, leases, job, webhooks, retention_ms, kind,
-    data)
+local function close_unowned(id, log, state, channel, leases, job, webhooks, ended, retention_ms,
+    kind, data)
   redis.call('HDEL', state, 'owner', 'cancel')
   append(log, state, channel, next_attempt(state), 0, { kind, data })
-  close(id, state, leases, job, webhooks, kind)
+  close(id, state, leases, job, webhooks, ended, kind)
   keep(retention_ms, log, state)
 end
 

@@ -1,13 +1,14 @@
 -- The only way into logs once they are born: what several attempts append, each in one atom.
--- ARGV: log, state, channel and job key pattern, leases and webhooks key, retention_ms, then for
---       each attempt its stream, number, owner, first seq, terminal kind or '', number of entries and
---       the kind and data of each
+-- ARGV: log, state, channel and job key pattern, leases, webhooks and ended key, retention_ms, then
+--       for each attempt its stream, number, owner, first seq, terminal kind or '', number of entries
+--       and the kind and data of each
 -- Returns {verdict, next seq, cancel asked (0|1)} for each. What already stands is not appended
 -- again. If `next` is below `first`, the log lost its tail: nothing was appended, begin again at
 -- `next`.
 -- verdict: 'ok', 'fenced' (another attempt owns the stream, or Redis forgot this one), 'closed',
 -- 'erased', or else the error of Redis
-local log_of, state_of, channel_of, job_of, leases, webhooks, retention_ms = unpack(ARGV, 1, 7)
+local log_of, state_of, channel_of, job_of, leases, webhooks, ended, retention_ms =
+  unpack(ARGV, 1, 8)
 
 local function append_for(at)
   local id, attempt, owner, first, ending, count = unpack(ARGV, at, at + 5)
@@ -30,14 +31,14 @@ local function append_for(at)
   if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
   if ending ~= '' then
     local job = string.format(job_of, id)
-    close(id, state, leases, job, webhooks, ending)
+    close(id, state, leases, job, webhooks, ended, ending)
     keep(retention_ms, log, state)
   end
   return { 'ok', first + count, cancel }
 end
 
 local verdicts = {}
-local at = 8
+local at = 9
 while at <= #ARGV do
   -- What is wrong with one stream must not stop the others.
   local fine, verdict = pcall(append_for, at)

@@ -1,8 +1,8 @@
 -- Ends a stream that nobody has claimed; marks one that somebody has, and tells the workers.
--- KEYS: log, state, channel, leases, job, queue, webhooks
+-- KEYS: log, state, channel, leases, job, queue, webhooks, ended
 -- ARGV: id, retention_ms, control channel
 -- Returns false (gone), the kind of terminal event that stands, or 'cancelling'
-local log, state, channel, leases, job, queue, webhooks = unpack(KEYS)
+local log, state, channel, leases, job, queue, webhooks, ended = unpack(KEYS)
 local id, retention_ms, control = unpack(ARGV)
 
 local s = redis.call('HMGET', state, 'attempt', 'ended')
@@ -15,5 +15,5 @@ if redis.call('ZSCORE', leases, id) then
   return 'cancelling'
 end
 redis.call('ZREM', queue, id)
-close_unowned(id, log, state, channel, leases, job, webhooks, retention_ms, 'cancelled', '{}')
+close_unowned(id, log, state, channel, leases, job, webhooks, ended, retention_ms, 'cancelled', '{}')
 return 'cancelled'

@@ -1,10 +1,10 @@
 -- Lets go of claims: of what an owner hands over, or of all whose lease has lapsed. Their jobs go back
 -- into the queue; what nobody will finish is ended here.
--- KEYS: queue, leases, wake, sweep mark, webhooks
+-- KEYS: queue, leases, wake, sweep mark, webhooks, ended
 -- ARGV: log, state, channel and job key pattern, wake limit, retention_ms, lease_ms, max tries,
 --       data of `failed`, then nothing, or an owner and the id that it hands over, '' for all it has
 -- Returns {id, kind} for each stream let go; kind is that of its terminal event, '' if it waits
-local queue, leases, wake, mark, webhooks = unpack(KEYS)
+local queue, leases, wake, mark, webhooks, ended = unpack(KEYS)
 local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tries, interrupted,
   owner, handed_id = unpack(ARGV)
 local now = now_ms()
@@ -30,9 +30,9 @@ end
 local function release(id)
   local state = string.format(state_of, id)
   local s = redis.call('HMGET', state, 'created_ms', 'ended', 'cancel', 'recovery', 'next', 'tries')
-  local created_ms, ended, cancel, recovery = unpack(s, 1, 4)
+  local created_ms, has_ended, cancel, recovery = unpack(s, 1, 4)
   redis.call('ZREM', leases, id)
-  if not created_ms or ended then return nil end
+  if not created_ms or has_ended then return nil end
   redis.call('HDEL', state, 'owner')
   local begun, tries = tonumber(s[5]) > 0, tonumber(s[6])
   -- A hand-over is no failure of the attempt, so it does not count as a try.
@@ -48,7 +48,7 @@ local function release(id)
     return { id, '' }
   end
   close_unowned(id, string.format(log_of, id), state, string.format(channel_of, id), leases,
-    string.format(job_of, id), webhooks, retention_ms, kind, data)
+    string.format(job_of, id), webhooks, ended, retention_ms, kind, data)
   return { id, kind }
 end
 
