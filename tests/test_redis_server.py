@@ -198,6 +198,18 @@ def test_an_explicit_binary_that_is_none_is_an_error_and_not_passed_over(tmp_pat
         find_redis_server(str(tmp_path / "none"))
 
 
+def test_the_redis_of_the_path_is_the_same_with_the_environment_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = executable(tmp_path / "redis-server", "#!/bin/sh\necho Redis server v=7.0.0\n")
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    executable(scripts / "redis-server", "#!/bin/sh\necho Redis server v=6.2.0\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(scripts))
+    monkeypatch.setenv("PATH", f"{scripts}{os.pathsep}{tmp_path}")
+    assert find_redis_server() == found
+
+
 @pytest.mark.parametrize(
     ("version", "taken"), [("6.2.0", True), ("6.0.20", False), ("10.1.0", True)]
 )

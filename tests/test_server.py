@@ -709,6 +709,27 @@ async def test_a_second_signal_ends_at_once(
         await process.wait()
 
 
+async def test_ctrl_c_ends_it_in_good_order_and_without_a_traceback(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
+    env |= {"RELAY_DRAIN_SECONDS": "0", "RELAY_HOST": "127.0.0.1"}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*module("api"), env=env, stderr=pipe)
+    try:
+        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            _, written = await process.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    assert process.returncode == 0
+    assert b"Traceback" not in written
+
+
 async def test_a_process_that_may_have_few_descriptors_by_default_serves_more_viewers_than_those(
     redis: Redis, redis_server: RedisServer
 ) -> None:
