@@ -13,7 +13,7 @@
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
 | relay:ended | hash | kind of terminal event -> how many streams have ended by it |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
-| relay:probe | string | written now and then, to see whether Redis takes anything in |
+| relay:probe | none | never there: to delete it shows whether Redis takes anything in |
 | relay:wake | list | one token per queued job, so that a worker need not poll |
 | relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
 

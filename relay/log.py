@@ -29,7 +29,6 @@ BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 _ENDINGS = sorted(TERMINAL)
 _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
-_PROBE_SECONDS = 60
 VIEWERS_SECONDS = 60
 """How long a report of viewers counts; a process that died stops counting after that."""
 
@@ -234,33 +233,36 @@ class Log:
 
     async def state(self, stream_id: str) -> State:
         """Raises StreamGone."""
-        async with self._redis.pipeline(transaction=True) as pipe:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            # In this order: what is taken from the queue in between has its place no more.
+            pipe.zrank(keys.QUEUE, stream_id)
             pipe.hmget(
                 keys.state(stream_id),
                 ["claims", "created_ms", "started_ms", "ended_ms", "ended", "owner"],
             )
-            pipe.zrank(keys.QUEUE, stream_id)
             pipe.hgetall(keys.viewers(stream_id))
             (
-                (claims, created, started, ended_ms, ended, owner),
                 rank,
+                (claims, created, started, ended_ms, ended, owner),
                 viewers,
             ) = await pipe.execute()
         if claims is None:
             raise StreamGone(GONE)
+        status = ended.decode() if ended else "running" if owner else "queued"
         return State(
-            status=ended.decode() if ended else "running" if owner else "queued",
+            status=status,
             claims=int(claims),
             created_ms=int(created),
             started_ms=int(started) if started else None,
             ended_ms=int(ended_ms) if ended_ms else None,
-            place=None if rank is None else rank + 1,
+            place=rank + 1 if rank is not None and status == "queued" else None,
             viewers={process.decode(): _report(report) for process, report in viewers.items()},
         )
 
     async def load(self) -> Load:
         """How much waits and runs, over all processes."""
-        async with self._redis.pipeline(transaction=True) as pipe:
+        # No transaction, here and elsewhere: a full Redis refuses to queue even what reads.
+        async with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.zcard(keys.QUEUE)
             pipe.zrange(keys.QUEUE, 0, 0, withscores=True)
@@ -276,11 +278,11 @@ class Log:
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if
         none ever did. Raises RedisError also where Redis answers but takes nothing in."""
-        async with self._redis.pipeline(transaction=True) as pipe:
+        async with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.get(keys.SWEPT)
-            # One that is full or a replica still answers reads: only a write finds that out.
-            pipe.set(keys.PROBE, 1, ex=_PROBE_SECONDS)
+            # A replica still answers reads: only a write finds out that it is one.
+            pipe.delete(keys.PROBE)
             time, swept, _ = await pipe.execute()
         return _seconds_since(swept, time)
 

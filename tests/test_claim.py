@@ -530,20 +530,22 @@ async def test_with_its_memory_full_redis_still_sweeps(
     assert await claims.sweep() == [(stream_id, "")]
 
 
-async def test_with_its_memory_full_redis_takes_an_append_whole_or_not_at_all(
+async def test_with_its_memory_full_redis_takes_no_new_stream_and_all_that_stand_to_their_end(
     redis: Redis, log: Log, claims: Claims, full: Callable[[], Awaitable[Any]]
 ) -> None:
-    [stream_id] = await create(log)
-    [claim] = await claims.claim(1)
+    ids = await create(log, 2)
+    [first] = await claims.claim(1)
     await full()
     with pytest.raises(RedisError, match="maxmemory"):
-        await write(log, claim)
-    with pytest.raises(RedisError, match="maxmemory"):
         await create(log)
-    await redis.config_set("maxmemory", 0)
-    assert len(await log.read(stream_id)) == 1
-    await write(log, claim)
-    assert await places(redis) == ([], [stream_id])
+    [second] = await claims.claim(1)
+    for claim in first, second:
+        await write(log, claim)
+        await append(log, claim, len(BEGIN), [entry(COMPLETED, {})])
+        assert (await log.state(claim.stream_id)).status == "completed"
+    assert [first.stream_id, second.stream_id] == ids
+    assert (await log.load()).running == 0
+    assert await log.silent_seconds() > 0
 
 
 async def test_with_its_memory_full_redis_loses_no_job_that_is_let_go(

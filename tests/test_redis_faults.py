@@ -161,7 +161,19 @@ async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again
         assert (again[-1].event, text_of(again)) == ("completed", "0 1 2 ")
 
 
-@pytest.mark.parametrize("outage", OUTAGES)
+async def test_with_its_memory_full_redis_is_no_reason_for_an_answer_to_wait(
+    server: RedisProcess, settings: Settings, emulator: Emulator
+) -> None:
+    async with running_api(settings) as http, running_worker(settings):
+        stream_id = await ask(http, chunks=10, delay_ms=50)
+        await emulator.request(0)
+        async with full(server), asyncio.timeout(10):
+            events = await watch(http, stream_id)
+            assert (await http.get(f"/streams/{stream_id}")).json()["status"] == "completed"
+    assert events[-1].event == "completed"
+
+
+@pytest.mark.parametrize("outage", [killed, frozen, read_only])
 async def test_viewers_are_told_that_redis_is_away_or_takes_nothing_in(
     outage: Any, server: RedisProcess, settings: Settings
 ) -> None:

@@ -1,7 +1,8 @@
 -- Stands in front of every script. Key names come from keys.py: `%s` is the stream id.
 --
 -- With its memory full, Redis refuses a script whose first write could grow it, and lets every
--- script finish that has written before. So what must go on then begins with a write that frees.
+-- script finish that has written before. So all but births begin with a write that cannot: only the
+-- end of an answer frees what its question takes.
 
 local function now_exact_ms()
   local time = redis.call('TIME')

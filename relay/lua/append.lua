@@ -24,6 +24,7 @@ local function append_for(at)
   local cancel = s[4] and 1 or 0
   if top < first or top >= first + count then return { 'ok', top, cancel } end
 
+  redis.call('HDEL', state, '') -- a full memory must not stop what will free some
   local entries = { unpack(ARGV, at + 6 + 2 * (top - first), at + 5 + 2 * count) }
   if not append(log, state, string.format(channel_of, id), attempt, top, entries) then
     return { 'erased', 0, 0 }
