@@ -213,6 +213,8 @@ class Hub:
         while True:
             await asyncio.sleep(PATROL_SECONDS)
             for feed in list(self._feeds.values()):
+                if self.redis_away:
+                    break  # Each would say so in the log; all are read when it is back.
                 await self._catch_up(feed)
 
     # Telling viewers why nothing comes.

@@ -129,10 +129,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _lease_within_life(self) -> Self:
-        if self.lease_seconds > self.live_seconds:
-            # Streams would expire under the worker that answers them.
+        if 3 * self.lease_seconds > self.live_seconds:
+            # A stream would expire before its dead worker's lease, or that of an outage, is swept.
             raise ConfigurationError(
-                "RELAY_LEASE_SECONDS must not be more than RELAY_LIVE_SECONDS: set one of them."
+                "RELAY_LEASE_SECONDS must be at most a third of RELAY_LIVE_SECONDS: set either."
             )
         return self
 

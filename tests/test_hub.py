@@ -352,6 +352,23 @@ async def test_a_lost_last_publication_is_found_by_the_patrol(
         await taker.has(b"completed", seconds=2 * hub_module.PATROL_SECONDS)
 
 
+async def test_the_patrol_asks_a_redis_that_is_away_for_nothing(
+    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0)
+    reads = counting(monkeypatch, "read")
+
+    async def some_rounds() -> int:
+        for _ in range(20):
+            await redis.ping()
+        return reads["read"]
+
+    async with running_hub(redis) as hub, entered(hub, writer.stream_id):
+        assert await some_rounds() < await some_rounds()
+        hub._listener.away = True
+        assert await some_rounds() == await some_rounds()
+
+
 async def test_a_log_that_redis_lost_is_told_in_band(
     hub: Hub, writer: Writer, redis: Redis
 ) -> None:

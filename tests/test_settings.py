@@ -208,9 +208,9 @@ def test_a_lease_that_redis_cannot_keep_is_refused(
 
 @pytest.mark.parametrize(
     "environment",
-    [{"RELAY_LIVE_SECONDS": "3"}, {"RELAY_LIVE_SECONDS": "20", "RELAY_LEASE_SECONDS": "21"}],
+    [{"RELAY_LIVE_SECONDS": "14"}, {"RELAY_LIVE_SECONDS": "20", "RELAY_LEASE_SECONDS": "7"}],
 )
-def test_a_stream_may_not_expire_before_its_lease(
+def test_a_stream_may_not_expire_before_its_lease_is_swept(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     with pytest.raises(ConfigurationError, match=r"^RELAY_LEASE_SECONDS .* RELAY_LIVE_SECONDS"):
