@@ -19,6 +19,7 @@ from relay.log import Log
 from relay.settings import Settings
 from tests.conftest import append, asking, changed, make_claims, running_worker
 from worker.claiming import ClaimingWorker
+from worker.deliveries import Deliveries
 from worker.health import is_healthy
 from worker.main import create_worker
 
@@ -363,6 +364,61 @@ async def test_an_erase_stops_the_upstream_and_leaves_nothing(
             await log.read(stream_id)
     assert [key for key in await redis.keys() if stream_id.encode() in key] == []
     assert await redis.zcard(keys.QUEUE) == await redis.zcard(keys.LEASES) == 0
+
+
+Order = Callable[[Log, str], Awaitable[Any]]
+
+
+@pytest.fixture
+def overtaking(redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
+    """Call it to have each claim held back until the worker has heard this order for its jobs."""
+
+    def overtake(order: Order) -> None:
+        claim, heard = Claims.claim, asyncio.Event()
+
+        async def overtaken(claims: Claims, want: int) -> list[Claim]:
+            taken = await claim(claims, want)
+            for each in taken:
+                await order(log, each.stream_id)
+                await redis.publish(keys.CONTROL, "erase last")
+                await heard.wait()
+            return taken
+
+        def hear(_: Deliveries, stream_id: str) -> None:
+            if stream_id == "last":
+                heard.set()
+
+        monkeypatch.setattr(Claims, "claim", overtaken)
+        monkeypatch.setattr(Deliveries, "forget", hear)
+
+    return overtake
+
+
+async def test_a_cancel_that_overtakes_the_answer_to_the_claim_ends_the_stream(
+    redis: Redis, log: Log, settings: Settings, overtaking: Callable[[Order], None]
+) -> None:
+    overtaking(Log.cancel)
+    async with idle_worker(redis, changed(settings, **LONG)):
+        stream_id = await create(log, chunks=1, end="stall")
+        assert (await whole(redis, log, stream_id, seconds=1))[-1].kind == "cancelled"
+
+
+async def test_an_erase_that_overtakes_the_answer_to_the_claim_asks_no_upstream(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    emulator: Emulator,
+    overtaking: Callable[[Order], None],
+) -> None:
+    overtaking(Log.erase)
+    async with idle_worker(redis, changed(settings, **LONG)) as worker:
+        await create(log, chunks=1, end="stall")
+
+        async def is_over() -> bool:
+            return worker.jobs_complete == 1
+
+        await until(is_over)
+    assert emulator.total == 0
 
 
 async def test_an_order_about_another_stream_does_nothing(

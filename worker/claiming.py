@@ -44,6 +44,12 @@ class Job:
     on_cancel: Callable[[], None] = lambda: None
     on_lost: Callable[[], None] = lambda: None
 
+    def obey(self, order: str) -> None:
+        if order == "cancel":
+            self.on_cancel()
+        elif order == "erase":
+            self.on_lost()
+
 
 class ClaimingWorker(Worker):
     """Takes a job within milliseconds of its enqueueing, holds it by a lease, and loses it to
@@ -85,6 +91,8 @@ class ClaimingWorker(Worker):
         self._deliveries = deliveries
         self._delivering: asyncio.Task[None] | None = None
         self._held: dict[str, Job] = {}
+        self._early: dict[str, str] = {}
+        """Stream id -> the order that came while a claim was on the wire, perhaps for its job."""
         self._slot_free = asyncio.Event()
         self._intake: asyncio.Task[None] | None = None
         self._waiting = False
@@ -165,6 +173,7 @@ class ClaimingWorker(Worker):
             return emptied(claims, want)
         finally:
             del self.tasks["claim"]
+            self._early.clear()
 
     def _begin(self, claim: Claim) -> None:
         logger.info("claimed", stream=claim.stream_id, attempt=claim.attempt, times=claim.ordinal)
@@ -174,6 +183,8 @@ class ClaimingWorker(Worker):
         job = self._held[claim.stream_id] = Job(claim)
         task = self.loop.create_task(self._run(job))
         self.tasks[claim.owner + claim.stream_id] = task
+        if order := self._early.get(claim.stream_id):
+            self._pass_on(order, job)
 
     async def _run(self, job: Job) -> None:
         claim = job.claim
@@ -235,13 +246,14 @@ class ClaimingWorker(Worker):
         order, _, stream_id = message.decode().partition(" ")
         if order == "erase":
             self._deliveries.forget(stream_id)
-        job = self._held.get(stream_id)
-        if job is None:
-            return
-        if order == "cancel":
-            job.on_cancel()
-        elif order == "erase":
-            job.on_lost()
+        if "claim" in self.tasks:
+            self._early[stream_id] = order
+        if job := self._held.get(stream_id):
+            self._pass_on(order, job)
+
+    def _pass_on(self, order: str, job: Job) -> None:
+        # Not at once: one that was begun just now says in its first step how to stop it.
+        self.loop.call_soon(job.obey, order)
 
     async def _every(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
