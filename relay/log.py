@@ -174,7 +174,6 @@ class Log:
                 self._queue_limit,
                 idempotency_key,
                 digest,
-                self._live_ms + self._retention_ms,
                 keys.state("%s"),
                 recovery,
                 webhook,

@@ -198,7 +198,7 @@ async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
     redis: Redis, log: Log
 ) -> None:
     old = await log.create(REQUEST, idempotency_key="k", digest="d")
-    await redis.delete(keys.idempotency("k"))  # It expired; the answer took that long.
+    await redis.delete(keys.idempotency("k"))  # Redis lost it.
     new = await log.create(REQUEST, idempotency_key="k", digest="d")
     await log.erase(old.stream_id)
     assert await log.create(REQUEST, idempotency_key="k", digest="d") == Created(
@@ -206,10 +206,28 @@ async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
     )
 
 
-async def test_a_key_is_remembered_as_long_as_its_stream_may_stand(redis: Redis) -> None:
-    log = make_log(redis, live_ms=10_000, retention_ms=20_000)
+async def key_seconds(redis: Redis) -> int:
+    """How long the key `k` will be remembered, to the nearest ten."""
+    return int(round(await redis.pttl(keys.idempotency("k")), -4) / 1000)
+
+
+async def test_a_key_is_remembered_as_long_as_its_stream_stands(redis: Redis) -> None:
+    log = make_log(redis, live_ms=10_000, retention_ms=40_000)
     await log.create(REQUEST, idempotency_key="k", digest="d")
-    assert 29_000 < await redis.pttl(keys.idempotency("k")) <= 30_000
+    born = await key_seconds(redis)
+    [claim] = await make_claims(redis, live_ms=20_000).claim(1)
+    begun = await key_seconds(redis)
+    await make_claims(redis, live_ms=30_000).renew([claim])
+    renewed = await key_seconds(redis)
+    await append(log, claim, 0, BEGIN + END)
+    assert (born, begun, renewed, await key_seconds(redis)) == (10, 20, 30, 40)
+
+
+async def test_the_key_of_what_no_worker_ended_is_remembered_as_long(redis: Redis) -> None:
+    log = make_log(redis, live_ms=10_000, retention_ms=40_000)
+    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
+    await log.cancel(stream_id)
+    assert await key_seconds(redis) == 40
 
 
 # Append and read.

@@ -13,8 +13,12 @@ local function now_ms()
   return math.floor(now_exact_ms())
 end
 
-local function keep(ttl_ms, ...)
-  for _, key in ipairs({ ... }) do redis.call('PEXPIRE', key, ttl_ms) end
+-- The stream's Idempotency-Key stands as long: one that went first would let the same request begin
+-- another stream.
+local function keep(ttl_ms, log, state, ...)
+  for _, key in ipairs({ log, state, ... }) do redis.call('PEXPIRE', key, ttl_ms) end
+  local idempotency = redis.call('HGET', state, 'idempotency')
+  if idempotency then redis.call('PEXPIRE', idempotency, ttl_ms) end
 end
 
 -- The fencing number: above the last, and not below the stream's age in tenths of a second. Redis

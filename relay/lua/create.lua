@@ -1,15 +1,15 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
 -- KEYS: log, state, channel, job, queue, wake, idempotency
--- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, memory_ms,
---       state key pattern, recovery, webhook or ''
+-- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, state key pattern,
+--       recovery, webhook or ''
 -- Returns {'created', id, subscribers of its channel} | {'repeated', id} | {'conflict'} | {'full'}
 local log, state, channel, job, queue, wake, idempotency = unpack(KEYS)
-local id, request, job_data, live_ms, queue_limit, key, digest, memory_ms, state_of, recovery,
-  webhook = unpack(ARGV)
+local id, request, job_data, live_ms, queue_limit, key, digest, state_of, recovery, webhook =
+  unpack(ARGV)
 
 if key ~= '' then
   local known = redis.call('HMGET', idempotency, 'id', 'digest')
-  -- A key may outlive its stream, which then expired or was lost: then it leads to a new one.
+  -- Redis may have lost the stream alone: then its key leads to a new one.
   if known[1] and redis.call('EXISTS', string.format(state_of, known[1])) == 1 then
     if known[2] ~= digest then return { 'conflict' } end
     return { 'repeated', known[1] }
@@ -25,7 +25,6 @@ if webhook ~= '' then redis.call('HSET', state, 'webhook', webhook) end
 redis.call('SET', job, job_data, 'PX', live_ms)
 if key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'digest', digest)
-  redis.call('PEXPIRE', idempotency, memory_ms)
   redis.call('HSET', state, 'idempotency', idempotency)
 end
 keep(live_ms, log, state)
