@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from relay import keys
 from relay.connection import script
@@ -101,9 +100,7 @@ class Claims:
         """Up to `want` jobs from the queue, oldest first, and fewer where their requests are large:
         `emptied` tells whether it has more. What Redis may have given to an earlier call that did
         not hear of it goes back before, at no cost of a try."""
-        for unheard in tuple(self._unheard):
-            await self._let_go(unheard, "")
-            self._unheard.discard(unheard)
+        await self.give_back_unheard()
         self._calls += 1
         owner = f"{self._worker}/{self._calls}"
         try:
@@ -118,10 +115,16 @@ class Claims:
                     *(name("%s") for name in (keys.log, keys.state, keys.job)),
                 ],
             )
-        except RedisError:
+        except BaseException:  # A cancel, too, comes when Redis has it already.
             self._unheard.add(owner)
             raise
         return [Claim(row[0].decode(), row[1], owner, *row[2:]) for row in rows]
+
+    async def give_back_unheard(self) -> None:
+        """Hand over what Redis may have given to calls that did not hear of it."""
+        for unheard in tuple(self._unheard):
+            await self._let_go(unheard, "")
+            self._unheard.discard(unheard)
 
     async def renew(self, claims: Sequence[Claim]) -> list[Verdict]:
         """Extend the leases that are still held. `cancel`: held, and a cancel is asked for."""

@@ -152,9 +152,9 @@ class Client:
             if response.status_code == 503:
                 failures = self._wait_or_give_up(failures, None)
                 continue
-            if response.is_error:
+            body = _json(response)
+            if response.is_error or "stream_id" not in body:
                 raise _refused(response)
-            body: dict[str, Any] = response.json()
             return body
 
     def _wait_or_give_up(self, failures: int, error: Exception | None) -> int:
@@ -195,11 +195,20 @@ class _Taken:
 
 
 def _refused(response: httpx2.Response) -> Refused:
+    match _json(response):
+        case {"code": str(code), "detail": str(detail)}:
+            return Refused(code, detail)
+    answer = f"{response.url} answered {response.status_code}, and not as chat-relay does"
+    return Refused("unexpected", f"{answer}: check the URL.")
+
+
+def _json(response: httpx2.Response) -> dict[str, Any]:
+    """Empty if it is no object."""
     try:
-        problem = response.json()
-        return Refused(problem["code"], problem["detail"])
-    except (ValueError, KeyError, TypeError):
-        return Refused("unexpected", f"The server answered {response.status_code}.")
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 FAILURES = frozenset({FAILED, CANCELLED})

@@ -702,3 +702,26 @@ async def test_no_log_line_holds_a_prompt_or_an_answer(
     assert handed in written
     assert all(stream_id in written for stream_id in ids)
     assert "the-marker" not in written
+
+
+async def test_a_claim_whose_answer_is_on_its_way_is_given_back_by_a_worker_that_must_end_now(
+    redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = asyncio.Event()
+    async with running_worker(settings) as worker:
+        claim: Any = worker._claims._claim
+
+        async def on_its_way(**call: Any) -> None:
+            if await claim(**call):
+                taken.set()
+                await asyncio.Event().wait()
+
+        monkeypatch.setattr(worker._claims, "_claim", on_its_way)
+        stream_id = await create(log)
+        async with asyncio.timeout(5):
+            await taken.wait()
+    assert (await log.state(stream_id)).status == "queued"
+    [claimed] = await make_claims(redis, max_attempts=1).claim(1)
+    assert claimed.ordinal == 2
+    tries: Any = redis.hget(keys.state(stream_id), "tries")
+    assert int(await tries) == 1

@@ -131,6 +131,8 @@ class ClaimingWorker(Worker):
         await asyncio.gather(*tasks, return_exceptions=True)
         for job in list(self._held.values()):  # Cancelled before its first step, it did not do so.
             await self._hand_over(job.claim)
+        with suppress(RedisError):  # Then their leases lapse.
+            await self._claims.give_back_unheard()
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self._redis.aclose(close_connection_pool=True)
