@@ -32,6 +32,13 @@ class Message(BaseModel):
     function_call: JsonObject | None = None
     refusal: str | None = None
     audio: JsonObject | None = None
+    # Back to whom it came from: DeepSeek refuses the outputs of tools without what it thought.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    # Azure refuses them where they come back.
+    annotations: ListOf[JsonObject] | None = Field(
+        None, exclude=True, description="Of an earlier answer; the model does not see them."
+    )
 
 
 class Asked(BaseModel):
