@@ -47,7 +47,7 @@ class ChatCompletionViewer(HeldViewer):
         return b""
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
-        return refusal(STATUSES.get(code, status), code, detail)
+        return failure_of(self._feed) or refusal(STATUSES.get(code, status), code, detail)
 
 
 class WithUsage(ChatCompletionViewer):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from api.feed import Feed
 from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
 from api.wires.chat_completions import error
-from relay.events import FAILED
+from relay.events import FAILED, STARTED
 
 STATUSES = {
     "answer_timeout": 504,
@@ -66,7 +66,12 @@ def failure_of(feed: Feed, refuse: Refusal = refusal) -> Response | None:
     last = feed.events[-1]
     if last.kind == FAILED:
         value = last.value()
-        return refuse(STATUSES.get(value["code"], 502), value["code"], value["message"])
+        response = refuse(STATUSES.get(value["code"], 502), value["code"], value["message"])
+        begun = any(event.kind == STARTED for event in feed.events)
+        if not (begun and value["retryable"]):
+            # The worker has tried as often as it may: an SDK would multiply that by its own tries.
+            response.headers["x-should-retry"] = "false"
+        return response
     if not last.terminal:
         return refuse(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
     return None

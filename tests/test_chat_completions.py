@@ -209,6 +209,42 @@ async def test_an_answer_that_fails_before_its_first_chunk_is_an_error_by_its_st
     assert raised.value.response.headers["x-stream-id"]
 
 
+@pytest.mark.parametrize(("status", "retried"), [(429, True), (503, True), (401, False)])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda sdk, asked: sdk.chat.completions.create(model=MODEL, messages=asked),
+        lambda sdk, asked: sdk.chat.completions.create(model=MODEL, messages=asked, stream=True),
+        lambda sdk, asked: sdk.responses.create(model=MODEL, input=asked),
+    ],
+    ids=["whole", "streamed", "responses"],
+)
+async def test_what_the_worker_has_tried_in_vain_the_sdk_does_not_try_again(
+    sdk: AsyncOpenAI,
+    settings: Settings,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Any,
+    status: int,
+    retried: bool,
+) -> None:
+    monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
+    with pytest.raises(openai.APIStatusError):
+        await ask(sdk.with_options(max_retries=2), question(status=status))
+    assert emulator.total == (settings.upstream_tries if retried else 1)
+
+
+async def test_what_the_worker_may_not_try_again_the_sdk_does(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    """An answer that breaks off after its first chunk."""
+    with pytest.raises(openai.InternalServerError):
+        await sdk.with_options(max_retries=1).chat.completions.create(
+            model=MODEL, messages=question(chunks=3, end="eof")
+        )
+    assert emulator.total == 2
+
+
 async def test_an_answer_that_fails_in_the_middle_is_an_error_and_no_end(sdk: AsyncOpenAI) -> None:
     stream = await sdk.chat.completions.create(
         model=MODEL, messages=question(chunks=3, end="eof"), stream=True
@@ -314,3 +350,4 @@ async def test_without_redis_the_sdk_is_told_to_try_again(
         await redis.config_set("maxmemory", 0)
     assert (raised.value.status_code, raised.value.code) == (503, "redis_away")
     assert raised.value.response.headers["retry-after"]
+    assert "x-should-retry" not in raised.value.response.headers
