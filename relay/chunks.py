@@ -236,6 +236,13 @@ def reasoning_of(delta: Chunk) -> str:
     return text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
 
 
+def call_key(piece: Chunk, newest: int | str) -> int | str:
+    """Which of an attempt's tool calls this is a piece of. Some servers do not number them: then an
+    id is a call's own, and what has none goes on with the newest."""
+    index = piece.get("index")
+    return index if index is not None else piece.get("id") or newest
+
+
 def _plain_text(rest: Chunk) -> str | None:
     """The text of a chunk with one unfinished first choice that says nothing else; None for others:
     a piece of a tool call or of reasoning may come twice, and beside an empty text."""

@@ -171,6 +171,19 @@ def test_a_content_that_is_no_text_is_passed_over() -> None:
     assert [(item["type"], text_of(item)) for item in output] == [("message", "Yes.")]
 
 
+@pytest.mark.parametrize("index", [{}, {"index": None}])
+def test_calls_that_a_server_does_not_number_are_told_apart_by_their_ids(index: Chunk) -> None:
+    pieces: list[Chunk] = [
+        {"id": "a", "function": {"name": "f", "arguments": '{"x":'}},
+        {"function": {"arguments": "1}"}},
+        {"id": "b", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    told = frames(log([*deltas(*({"tool_calls": [index | piece]} for piece in pieces)), END]))
+    output = told[-1]["response"]["output"]
+    calls = [(item["call_id"], item["name"], item["arguments"]) for item in output]
+    assert calls == [("a", "f", '{"x":1}'), ("b", "g", "{}")]
+
+
 def test_a_refusal_after_text_is_a_second_part_of_the_message() -> None:
     told = frames(log([*deltas({"content": "Well."}, {"refusal": "No."}), END]))
     [message] = told[-1]["response"]["output"]

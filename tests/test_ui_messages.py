@@ -192,6 +192,19 @@ def test_arguments_that_are_no_plain_json_are_an_error_of_the_call_and_not_of_th
     assert parts[-1] == {"type": "finish", "finishReason": "length"}
 
 
+@pytest.mark.parametrize("index", [{}, {"index": None}])
+def test_calls_that_a_server_does_not_number_are_told_apart_by_their_ids(index: Part) -> None:
+    pieces: list[Part] = [
+        {"id": "a", "function": {"name": "f", "arguments": '{"x":'}},
+        {"function": {"arguments": "1}"}},
+        {"id": "b", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    parts = whole(spoken(*({"tool_calls": [index | piece]} for piece in pieces)))
+    available = [part for part in parts if part["type"] == "tool-input-available"]
+    calls = [(part["toolCallId"], part["toolName"], part["input"]) for part in available]
+    assert calls == [("a", "f", {"x": 1}), ("b", "g", {})]
+
+
 def test_a_call_without_arguments_has_an_empty_input() -> None:
     parts = whole(spoken(call("c", "f", "")))
     assert [part["input"] for part in parts if part["type"] == "tool-input-available"] == [{}]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from relay.chunks import Chunk, Expander, reasoning_of
+from relay.chunks import Chunk, Expander, call_key, reasoning_of
 from relay.events import (
     CANCELLED,
     COMPLETED,
@@ -189,6 +189,7 @@ class _Response:
         self._born = born
         self._expander = Expander()
         self._items: dict[str, _Item] = {}
+        self._newest_call: int | str = 0
         self._begun = 0
         self._status = QUEUED
         self._ending: Chunk = {}
@@ -251,8 +252,9 @@ class _Response:
 
     def _call(self, call: Chunk) -> _Told:
         function = call.get("function") or {}
-        # Each call has its name and id in its first piece, and is known by its index in the others.
-        name, key = function.get("name") or "", f"call {call.get('index', 0)}"
+        # Each call has its name and id in its first piece.
+        self._newest_call = call_key(call, self._newest_call)
+        name, key = function.get("name") or "", f"call {self._newest_call}"
         call_id = call.get("id") or self._born.item_id("call", self._begun)
         yield from self._item(key, "fc", "function_call", {"call_id": call_id, "name": name})
         if text := function.get("arguments"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from relay.chunks import Chunk, Expander, reasoning_of
+from relay.chunks import Chunk, Expander, call_key, reasoning_of
 from relay.events import (
     CANCELLED,
     COMPLETED,
@@ -78,7 +78,8 @@ class _Encoder:
     def _begin(self) -> None:
         self._open: str | None = None
         self._opened = 0
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int | str, _Call] = {}
+        self._newest_call: int | str = 0
         self._refused = False
         self._around: tuple[bytes, bytes] | None = None
 
@@ -131,12 +132,13 @@ class _Encoder:
             self._open = None
 
     def _call(self, piece: Part) -> Iterator[Part]:
-        index, function = piece.get("index", 0), piece.get("function") or {}
-        call = self._calls.get(index)
+        key = self._newest_call = call_key(piece, self._newest_call)
+        function = piece.get("function") or {}
+        call = self._calls.get(key)
         if call is None:
             yield from self._close()
-            call = _Call(piece.get("id") or f"call_{index}", function.get("name") or "")
-            self._calls[index] = call
+            call = _Call(piece.get("id") or f"call_{key}", function.get("name") or "")
+            self._calls[key] = call
             yield {"type": "tool-input-start", "toolCallId": call.id, "toolName": call.name}
         if text := function.get("arguments"):
             call.pieces.append(text)
