@@ -115,11 +115,14 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = Field(
+        None, description="There is no padding here against who measures encrypted events."
+    )
 
 
 class ChatCompletionRequest(Asked):
     """The body of POST /v1/chat/completions."""
 
     model: str = Field(description="One of GET /v1/models.")
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None

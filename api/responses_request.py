@@ -209,8 +209,8 @@ class ResponsesRequest(_Known):
 
     model: str = Field(description="One of GET /v1/models.")
     input: Input
-    background: bool = False
-    stream: bool = False
+    background: bool | None = False
+    stream: bool | None = False
     instructions: str | None = None
     tools: ListOf[Function] | None = None
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice)] = None

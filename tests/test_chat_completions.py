@@ -302,6 +302,11 @@ async def test_the_model_is_listed_and_any_other_refused(sdk: AsyncOpenAI) -> No
         ({"temperature": 9}, "temperature", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"stream_options": {"sing": True}}, "stream_options.sing", "unknown_parameter"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "invalid_value",
+        ),
     ],
 )
 async def test_bad_input_is_refused_in_openais_shape_with_the_field_named(
@@ -313,6 +318,19 @@ async def test_bad_input_is_refused_in_openais_shape_with_the_field_named(
     assert (raised.value.param, raised.value.code) == (param, code)
     assert raised.value.type == "invalid_request_error"
     assert emulator.total == 0
+
+
+async def test_what_is_so_in_any_case_may_be_said(sdk: AsyncOpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": question(chunks=1)}
+    whole = await sdk.chat.completions.create(**asked, stream=None)
+    assert whole.choices[0].message.content == "0 "
+    response = await sdk.responses.create(
+        model=MODEL, input=question(chunks=1), stream=None, background=None
+    )
+    assert response.output_text == "0 "
+    options: Any = {"include_obfuscation": False}
+    stream = await sdk.chat.completions.create(**asked, stream=True, stream_options=options)
+    assert await taken(stream) == ("0 ", None)
 
 
 def parameters(create: Callable[..., Any]) -> set[str]:
