@@ -1,6 +1,7 @@
 """All settings, read once from the environment (and `.env`) at the entry of each process."""
 
 import os
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,9 @@ OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
 CLOSE = 0.85
 """So alike that the one is meant by the other; RELAY_SERVICE_HOST, which an orchestrator may put
 there, is 0.71 like RELAY_HOST."""
+
+# As browsers send it, in small letters, for it is compared as it stands.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 
 logger = get_logger("settings")
 
@@ -126,6 +130,17 @@ class Settings(BaseSettings):
                 "must be a URL such as redis://HOST:6379/0, with no options but those of redis-py"
             ) from None
         return url
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _cors_origins(cls, origins: str) -> str:
+        given = [origin.strip() for origin in origins.split(",")]
+        if not all(origin in {"", "*"} or _ORIGIN.fullmatch(origin) for origin in given):
+            raise ValueError(
+                "must be *, or origins with commas between: each is scheme://host or "
+                "scheme://host:port, in small letters and without a path"
+            )
+        return origins
 
     @model_validator(mode="after")
     def _lease_within_life(self) -> Self:

@@ -187,6 +187,11 @@ def test_two_upstreams_are_refused(
         ("RELAY_MAX_ATTEMPTS", "0"),
         ("RELAY_RETENTION_SECONDS", "1.5"),
         ("RELAY_LOG_FORMAT", "xml"),
+        ("RELAY_CORS_ORIGINS", "https://app.example/"),
+        ("RELAY_CORS_ORIGINS", "https://app.example, https://other.example/chat"),
+        ("RELAY_CORS_ORIGINS", "https://App.example"),
+        ("RELAY_CORS_ORIGINS", "app.example"),
+        ("RELAY_CORS_ORIGINS", "https://*.app.example"),
         ("AZURE_OPENAI_ENTRA", "perhaps"),
     ],
 )
@@ -229,6 +234,21 @@ def test_a_stream_may_not_expire_before_its_lease_is_swept(
 )
 def test_every_way_to_a_redis_is_allowed(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     assert load(monkeypatch, {"REDIS_URL": url}).redis_url == url
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        "*",
+        "https://app.example",
+        "http://localhost:5173, http://[::1]:5173,http://127.0.0.1",
+        "capacitor://localhost",
+    ],
+)
+def test_every_origin_that_a_browser_sends_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, origins: str
+) -> None:
+    assert load(monkeypatch, {"RELAY_CORS_ORIGINS": origins}).cors_origins == origins
 
 
 WEBHOOKS = {"RELAY_WEBHOOK_HOSTS": "hooks.test", "RELAY_WEBHOOK_SECRET": f"whsec_{'a' * 32}"}
