@@ -148,8 +148,17 @@ def first_fault(failure: RequestValidationError) -> Fault:
         return Fault("Send one JSON object as the body, with content-type: application/json.")
     field = ".".join(str(part) for part in first["loc"][1:])
     unknown = first["type"] == "extra_forbidden"
-    told = "This server does not know it." if unknown else f"{first['msg']}."
-    return Fault(f"{field}: {told}", field, unknown)
+    return Fault(f"{field}: {_reason(first)}.", field, unknown)
+
+
+def _reason(fault: Mapping[str, Any]) -> str:
+    """pydantic's, but where that speaks of its own classes."""
+    match fault["type"]:
+        case "extra_forbidden":
+            return "This server does not know it"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return "It must be a JSON object"
+    return str(fault["msg"])
 
 
 def redis_away() -> Response:
@@ -218,7 +227,7 @@ def _invalid(content_type: str, error: RequestValidationError) -> Response:
         return problem(415, "not_json", "Send the body with content-type: application/json.")
     if any(detail["type"] == "json_invalid" for detail in details):
         return problem(400, "bad_json", "Send one JSON object as the body.")
-    errors = [{"field": _field(detail["loc"]), "problem": detail["msg"]} for detail in details]
+    errors = [{"field": _field(detail["loc"]), "problem": _reason(detail)} for detail in details]
     first = errors[0]
     sentence = f"{first['field']}: {first['problem']}."
     return problem(422, "invalid_request", sentence, errors=errors)

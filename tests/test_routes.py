@@ -87,6 +87,20 @@ async def test_bad_input_is_refused_by_name_and_nothing_is_created(
     assert await redis.keys("relay:*") == []
 
 
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ([], "body: It must be a JSON object."),
+        ({"messages": ["Hello"]}, "messages.0: It must be a JSON object."),
+        ({"messages": [{"role": "user"}], "stream": True}, "stream: This server does not know it."),
+    ],
+)
+async def test_a_wrong_body_is_told_of_in_words_of_the_caller(
+    api: httpx2.AsyncClient, body: Any, sentence: str
+) -> None:
+    assert (await api.post("/chat", json=body)).json()["detail"] == sentence
+
+
 WRONG = [5] * 100_000
 HELLO = {"role": "user", "content": "Hello"}
 
