@@ -243,6 +243,23 @@ async def test_a_connection_is_not_used_again(answer: Callable[..., Awaitable[No
         assert server.connections == 2
 
 
+async def test_after_a_kept_connection_that_was_dropped_the_next_try_connects_anew() -> None:
+    async def answer_once(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+        await server.request(reader)
+        writer.transport.abort()
+
+    async with serving(answer_once) as server, client(server) as http:
+        await asyncio.gather(*(http.post("/") for _ in range(3)))
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/")
+        assert (await http.post("/")).text == "ok"
+        assert server.connections == 4
+
+
 async def test_a_connection_that_still_has_a_request_to_send_is_not_used_again() -> None:
     async def refuse(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

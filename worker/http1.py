@@ -47,11 +47,15 @@ class Http1(httpx2.AsyncBaseTransport):
         if url.scheme not in _PORTS:
             raise httpx2.UnsupportedProtocol(f"it goes to {url.scheme}")  # By a redirect.
         origin = (url.scheme, url.host, url.port or _PORTS[url.scheme])
-        connection = self._of_idle(origin) or await self._connect(origin)
+        kept = self._of_idle(origin)
+        connection = kept or await self._connect(origin)
         exchange = connection.ask(_head(request) + await request.aread())
         try:
             await exchange.headers_came()
-        except BaseException:
+        except BaseException as error:
+            if kept and isinstance(error, httpx2.RemoteProtocolError):
+                # Whoever dropped it has dropped the others, too, and each would cost a try.
+                self._close_idle(origin)
             await exchange.aclose()
             raise
         return httpx2.Response(
@@ -63,10 +67,12 @@ class Http1(httpx2.AsyncBaseTransport):
         )
 
     async def aclose(self) -> None:
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+        for origin in self._idle:
+            self._close_idle(origin)
+
+    def _close_idle(self, origin: Origin) -> None:
+        while connections := self._idle[origin]:
+            connections.pop().close()
 
     def _of_idle(self, origin: Origin) -> "_Connection | None":
         connections = self._idle[origin]
