@@ -19,6 +19,7 @@ from relay.events import first_choice_text
 from relay.settings import Settings
 from tests.conftest import asking
 from tests.test_http1 import CHUNKED, Server, serving
+from worker.failures import Refused
 from worker.upstream import Upstream
 
 SECRET = "the secret of the vendor"
@@ -396,6 +397,19 @@ async def test_a_refusal_without_an_end_is_a_refusal_all_the_same(
     async with saying([head, body(b"x" * 2000)]) as (_, upstream):
         _, error = await failure_of(upstream)
     assert error.code == "upstream_denied"
+
+
+@pytest.mark.parametrize("words", [b"", b"1\r\n{\r\n", b"broken\r\n"])
+async def test_a_refusal_is_told_by_its_status_when_its_words_do_not_come(
+    words: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.failures.WORDS_SECONDS", 0.01)
+    head = b"HTTP/1.1 429 X\r\nretry-after-ms: 1\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with saying([head, words], [head, words]) as (_, upstream):
+        _, error = await failure_of(upstream)
+    assert error.code == "upstream_rate_limited"
+    assert isinstance(error, Refused)
+    assert error.headers["retry-after-ms"] == "1"
 
 
 async def test_a_blocked_prompt_is_told_from_a_bad_request(emulator_url: str) -> None:

@@ -1,9 +1,11 @@
 """What goes wrong with the upstream, in our words. Of a vendor's text nothing passes but
 identifiers."""
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -14,6 +16,8 @@ FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
 """What asking it may raise."""
 MOST_BYTES = 64 * 1024
 """Of what it says with an error status."""
+WORDS_SECONDS = 2.0
+"""How long that is waited for. Status and headers tell enough without it."""
 
 
 class Refused(UpstreamError):
@@ -26,12 +30,14 @@ class Refused(UpstreamError):
 
 
 async def refused(response: httpx2.Response) -> Refused:
-    """Reads what it says. Raises httpx2.HTTPError."""
+    """Reads what it says, as far as it comes."""
     body = bytearray()
-    async for piece in response.aiter_bytes():
-        body += piece
-        if len(body) > MOST_BYTES:
-            break
+    with suppress(TimeoutError, httpx2.HTTPError):
+        async with asyncio.timeout(WORDS_SECONDS):
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > MOST_BYTES:
+                    break
     return Refused(response, _error_in(bytes(body)))
 
 

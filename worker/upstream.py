@@ -95,13 +95,11 @@ class Upstream:
 
     async def _ask(self, body: bytes, answer: "_Answer") -> None:
         await self._turnstile.passed()
-        patience = self._settings.first_chunk_seconds
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(self._settings.first_chunk_seconds):
             response = await self._endpoint.ask(body)
         async with aclosing(response):
             if not response.is_success:
-                async with asyncio.timeout(patience):
-                    raise await refused(response)
+                raise await refused(response)
             media_type = response.headers.get("content-type", "").lower()
             if not media_type.startswith(MEDIA_TYPE):
                 raise Garbled
