@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from relay.errors import Garbled, UpstreamError
+from relay.errors import Garbled, UpstreamError, identifier
 from relay.events import (
     STARTED,
     TEXT,
@@ -44,9 +44,12 @@ def parse(data: bytes) -> Chunk:
         _WellFormed.model_validate(chunk)
     except (ValueError, RecursionError):
         raise Garbled from None
-    if chunk.get("error"):
+    if error := chunk.get("error"):
         raise UpstreamError(
-            "upstream_failed", "The model service broke the answer off.", retryable=True
+            "upstream_failed",
+            "The model service broke the answer off.",
+            retryable=True,
+            cause=identifier(error.get("code")) if isinstance(error, dict) else "",
         )
     return chunk
 

@@ -17,6 +17,8 @@ RelayError
 prompt, answer or vendor text.
 """
 
+import re
+
 
 class RelayError(Exception):
     """Root of the tree. `retryable`: the same request may succeed later, unchanged."""
@@ -72,21 +74,29 @@ class StreamLost(RelayError):
 
 
 class UpstreamError(RelayError):
-    """The answer cannot be completed. `code` says why and is what viewers see in `failed`."""
+    """The answer cannot be completed. `code` says why and is what viewers see in `failed`; `cause`
+    is for log lines alone, and empty where the code says it all."""
 
-    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+    def __init__(self, code: str, message: str, *, retryable: bool, cause: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.retryable = retryable
+        self.cause = cause
 
 
 class Garbled(UpstreamError):
-    def __init__(self) -> None:
+    def __init__(self, cause: str = "") -> None:
         message = "The model service sent what is no answer: ask again."
-        super().__init__("upstream_garbled", message, retryable=True)
+        super().__init__("upstream_garbled", message, retryable=True, cause=cause)
 
 
 class Incomplete(UpstreamError):
     def __init__(self) -> None:
         message = "The model service ended the answer without finishing it: ask again."
         super().__init__("upstream_incomplete", message, retryable=True)
+
+
+def identifier(text: object) -> str:
+    """All that is passed on of a vendor's text; empty for any other."""
+    is_one = isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.\[\]-]{0,60}", text, re.ASCII)
+    return str(text) if is_one else ""

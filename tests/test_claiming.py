@@ -686,7 +686,7 @@ async def test_no_log_line_holds_a_prompt_or_an_answer(
     scripts: list[dict[str, Any]] = [
         {},
         {"status": 400},
-        {"status": 500, "error_code": "the-marker"},
+        {"status": 500, "error_code": "what of the-marker?"},
         {"end": "reset"},
         {"end": "garbage"},
         {"end": "stall"},

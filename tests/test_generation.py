@@ -291,10 +291,13 @@ async def test_an_operator_reads_which_answer_failed_and_why(
     retry, failed = [line for line in lines.getvalue().splitlines() if claim.stream_id in line]
     assert "level=warning" in retry
     assert "upstream_retry" in retry
+    assert 'cause="HTTP 500"' in retry
     assert "level=warning" in failed
     assert "event=failed" in failed
     assert "code=upstream_unavailable" in failed
+    assert 'cause="HTTP 500"' in failed
     assert 'reason="The model service is not available: ask again."' in failed
+    assert "cause" not in (await log.read(claim.stream_id))[-1].value()
 
 
 async def test_an_operator_reads_how_long_an_answer_took_and_how_much_it_was(

@@ -1,6 +1,7 @@
 import asyncio
 import inspect
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ from relay.errors import ConfigurationError, UpstreamError
 from relay.events import first_choice_text
 from relay.settings import Settings
 from tests.conftest import asking
+from tests.receiver import Names
 from tests.test_http1 import CHUNKED, Server, serving
 from worker.failures import Refused
 from worker.upstream import Upstream
@@ -410,6 +412,52 @@ async def test_a_refusal_is_told_by_its_status_when_its_words_do_not_come(
     assert error.code == "upstream_rate_limited"
     assert isinstance(error, Refused)
     assert error.headers["retry-after-ms"] == "1"
+
+
+NAMED = b"x-request-id: 7-a\r\napim-request-id: a b\r\nconnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "cause"),
+    [
+        (refusal(400, code="invalid_value"), "HTTP 400 invalid_value"),
+        (refusal(401, code=SECRET), "HTTP 401"),
+        (refusal(403).replace(b"connection: close\r\n", NAMED), "HTTP 403 x-request-id=7-a"),
+        (http(502, SECRET.encode(), "text/html"), "HTTP 502"),
+        (http(200, b"", "Text/HTML; charset=utf-8"), "Text/HTML"),
+        (http(200, b"", SECRET), ""),
+        (http(200, b'data: {"error": {"code": "x"}}\n\n', "text/event-stream"), "x"),
+        (http(200, b'data: {"error": "%b"}\n\n' % SECRET.encode(), "text/event-stream"), ""),
+        (b"", "RemoteProtocolError"),
+        (SECRET.encode() + b"\r\n\r\n", "RemoteProtocolError"),
+    ],
+)
+async def test_an_operator_is_told_the_cause_and_never_the_vendors_text(
+    response: bytes, cause: str
+) -> None:
+    async with answering(response) as (url, _), azure(url, upstream_tries=1) as upstream:
+        _, error = await failure_of(upstream)
+    assert error.cause == cause
+
+
+async def test_an_operator_is_told_why_there_was_no_connection(names: Names) -> None:
+    async def answer(_: Server, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 No TLS\r\n\r\n")
+
+    def unknown() -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    names["model.test"] = unknown
+    async with serving(answer) as server:
+        assert "SSLError(" in await cause_of(f"https://127.0.0.1:{server.port}")
+    assert "ConnectionRefusedError(" in await cause_of(f"http://127.0.0.1:{server.port}")
+    assert "gaierror(" in await cause_of("http://model.test")
+
+
+async def cause_of(url: str) -> str:
+    async with azure(url, upstream_tries=1) as upstream:
+        _, error = await failure_of(upstream)
+    return error.cause
 
 
 async def test_a_blocked_prompt_is_told_from_a_bad_request(emulator_url: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from relay.errors import UpstreamError
+from relay.errors import UpstreamError, identifier
 
 FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
 """What asking it may raise."""
@@ -18,6 +18,8 @@ MOST_BYTES = 64 * 1024
 """Of what it says with an error status."""
 WORDS_SECONDS = 2.0
 """How long that is waited for. Status and headers tell enough without it."""
+REQUEST_IDS = ("x-request-id", "apim-request-id")
+"""Headers by which a vendor's support finds a request."""
 
 
 class Refused(UpstreamError):
@@ -25,7 +27,10 @@ class Refused(UpstreamError):
 
     def __init__(self, response: httpx2.Response, error: dict[str, Any]) -> None:
         code, message, retryable = _told(response.status_code, error)
-        super().__init__(code, message, retryable=retryable)
+        ids = {name: word(response.headers, name) for name in REQUEST_IDS}
+        causes = [f"HTTP {response.status_code}", identifier(error.get("code"))]
+        causes += [f"{name}={value}" for name, value in ids.items() if value]
+        super().__init__(code, message, retryable=retryable, cause=" ".join(filter(None, causes)))
         self.headers: Mapping[str, str] = response.headers
 
 
@@ -47,14 +52,31 @@ def translated(cause: Exception) -> UpstreamError:
             return cause
         case TimeoutError() | httpx2.TimeoutException():
             return UpstreamError(
-                "upstream_timeout", "The model service fell silent: ask again.", retryable=True
+                "upstream_timeout",
+                "The model service fell silent: ask again.",
+                retryable=True,
+                cause=_named(cause),
             )
         case _:
             return UpstreamError(
                 "upstream_unreachable",
                 "The connection to the model service failed: ask again.",
                 retryable=True,
+                cause=_named(cause),
             )
+
+
+def word(headers: Mapping[str, str], name: str) -> str:
+    """What a header says before its parameters; empty unless it is one plain word."""
+    text = headers.get(name, "").partition(";")[0].strip()
+    return text if re.fullmatch(r"[\w./+-]{1,64}", text, re.ASCII) else ""
+
+
+def _named(error: Exception) -> str:
+    """With the words of the system, where it refused: any other's may quote the upstream."""
+    within = error.__cause__
+    name = type(error).__name__
+    return f"{name}: {within!r}" if isinstance(within, OSError) else name
 
 
 def _error_in(body: bytes) -> dict[str, Any]:
@@ -68,7 +90,7 @@ def _error_in(body: bytes) -> dict[str, Any]:
 
 def _told(status: int, error: dict[str, Any]) -> tuple[str, str, bool]:
     """Code, message, and whether the same may succeed later."""
-    code, param = _identifier(error.get("code")), _identifier(error.get("param"))
+    code, param = identifier(error.get("code")), identifier(error.get("param"))
     if code == "content_filter":
         return "content_filter", "The model service's filter refused the prompt.", False
     if status == 429:
@@ -84,9 +106,3 @@ def _told(status: int, error: dict[str, Any]) -> tuple[str, str, bool]:
     reason = ", ".join(filter(None, (code, param)))
     message = f"The model service refused the request{f' ({reason})' if reason else ''}."
     return "upstream_refused", message, False
-
-
-def _identifier(text: object) -> str | None:
-    return (
-        text if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.\[\]-]{0,60}", text) else None
-    )

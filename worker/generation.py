@@ -7,7 +7,7 @@ from typing import Any
 
 from relay.chunks import Compactor
 from relay.claim import Claim
-from relay.errors import Incomplete, RelayError, StreamLost
+from relay.errors import Incomplete, StreamLost, UpstreamError
 from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
 from relay.log import Appended, Batch
 from relay.logs import get_logger
@@ -48,6 +48,8 @@ class Generation:
         self._lost = False
         self._begun = time.monotonic()
         self._first_seconds: float | None = None
+        self._cause = ""
+        """As UpstreamError has it."""
 
     async def run(self) -> None:
         """Return when the terminal event stands in the log, or when this attempt may no longer
@@ -110,7 +112,8 @@ class Generation:
 
     def _failure(self, error: BaseException | None) -> dict[str, Any]:
         match error:
-            case RelayError():
+            case UpstreamError():
+                self._cause = error.cause
                 code, message, retryable = error.code, error.message, error.retryable
             case TimeoutError():
                 code, message, retryable = "answer_timeout", "The answer took too long.", False
@@ -153,7 +156,8 @@ class Generation:
             told["first_seconds"] = self._first_seconds
         if kind == FAILED:
             failure = json.loads(data)
-            logger.warning(kind, **told, code=failure["code"], reason=failure["message"])
+            told |= {"code": failure["code"], "cause": self._cause}
+            logger.warning(kind, **told, reason=failure["message"])
         else:
             logger.info(kind, **told)
 

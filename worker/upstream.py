@@ -15,7 +15,7 @@ from relay.logs import Logger, get_logger
 from relay.settings import Settings
 from relay.turnstile import Turnstile
 from worker.endpoint import Endpoint
-from worker.failures import FAILURES, Refused, refused, translated
+from worker.failures import FAILURES, Refused, refused, translated, word
 from worker.http1 import pour
 from worker.retry import delay_before
 from worker.sse import Decoder
@@ -82,7 +82,7 @@ class Upstream:
                 last = number == self._settings.upstream_tries
                 if answer.begun or last or not translated(cause).retryable:
                     raise translated(cause) from None
-                code = translated(cause).code
+                told = {"code": translated(cause).code, "cause": translated(cause).cause}
                 seconds = delay_before(
                     number + 1,
                     cause.headers if isinstance(cause, Refused) else {},
@@ -90,7 +90,7 @@ class Upstream:
                     first_seconds=FIRST_RETRY_SECONDS,
                     most_seconds=MOST_RETRY_SECONDS,
                 )
-            log.warning("upstream_retry", code=code, number=number, seconds=seconds)
+            log.warning("upstream_retry", **told, number=number, seconds=seconds)
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: bytes, answer: "_Answer") -> None:
@@ -102,7 +102,7 @@ class Upstream:
                 raise await refused(response)
             media_type = response.headers.get("content-type", "").lower()
             if not media_type.startswith(MEDIA_TYPE):
-                raise Garbled
+                raise Garbled(word(response.headers, "content-type"))
             pouring = asyncio.create_task(pour(response, answer.feed))
             try:
                 await self._until_ended(pouring, answer)
