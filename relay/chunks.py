@@ -44,12 +44,12 @@ def parse(data: bytes) -> Chunk:
         _WellFormed.model_validate(chunk)
     except (ValueError, RecursionError):
         raise Garbled from None
-    if error := chunk.get("error"):
+    if (error := chunk.get("error")) or chunk.get("object") == "error":
         raise UpstreamError(
             "upstream_failed",
             "The model service broke the answer off.",
             retryable=True,
-            cause=identifier(error.get("code")) if isinstance(error, dict) else "",
+            cause=identifier((error if isinstance(error, dict) else chunk).get("code")),
         )
     return chunk
 

@@ -289,6 +289,15 @@ def test_what_no_wire_could_tell_is_no_chunk(data: bytes) -> None:
         Compactor(1, "m").entries(data)
 
 
+@pytest.mark.parametrize("error", [{"error": "x"}, {"object": "error", "choices": []}])
+def test_an_error_among_the_chunks_is_no_chunk(error: Chunk) -> None:
+    compactor = Compactor(1, "m")
+    compactor.entries(to_json(said("a")))
+    with pytest.raises(UpstreamError) as raised:
+        compactor.entries(to_json(error))
+    assert raised.value.code == "upstream_failed"
+
+
 def test_a_content_of_parts_is_passed_on_whole_and_adds_nothing_to_the_text() -> None:
     parts = chunk(choice({"content": [{"type": "thinking", "thinking": []}]}))
     entries = entries_of([parts, said("a"), STOP])

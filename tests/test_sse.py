@@ -50,6 +50,8 @@ def decoded(pieces: list[bytes]) -> list[bytes]:
         (b"data: a: b\n\n", [b"a: b"]),
         (b"data: a\ndata: b\n\n", [b"a\nb"]),
         (b"event: x\nid: 1\ndata: a\n\n", [b"a"]),
+        (b"event: error\ndata: a\n\ndata:b\nevent:error\n\n", [sse.ERROR, sse.ERROR]),
+        (b"event: error\n\n", []),
         (b": a comment\n\n", []),
         (b": a comment\ndata: a\n\n", [b"a"]),
         (b"data\n\ndata:\n\n", []),

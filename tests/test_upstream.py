@@ -323,6 +323,10 @@ async def test_after_the_first_chunk_it_never_asks_again(
     assert emulator.total == 1
 
 
+OF_VLLM = b'data: {"object": "error", "message": "%b", "code": 400}\n\n' % SECRET.encode()
+NAMED_ERROR = b'event: error\ndata: {"message": "%b"}\n\n' % SECRET.encode()
+
+
 async def test_an_error_in_place_of_the_first_chunk_is_asked_again() -> None:
     body = b'data: {"error": {"message": "%s"}}\n\ndata: [DONE]\n\n' % SECRET.encode()
     async with (
@@ -358,6 +362,8 @@ async def test_an_error_in_place_of_the_first_chunk_is_asked_again() -> None:
         (http(200, b"data: nonsense\n\n", "text/event-stream"), "upstream_garbled", True),
         (http(200, b"data: [1]\n\n", "text/event-stream"), "upstream_garbled", True),
         (http(200, b'data: {"error": "x"}\n\n', "text/event-stream"), "upstream_failed", True),
+        (http(200, OF_VLLM, "text/event-stream"), "upstream_failed", True),
+        (http(200, NAMED_ERROR, "text/event-stream"), "upstream_failed", True),
         (b"", "upstream_unreachable", True),
         (b"nonsense\r\n\r\n", "upstream_unreachable", True),
     ],

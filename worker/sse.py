@@ -1,4 +1,4 @@
-"""Server-sent events, as the upstream sends them: their data, for nothing else is used. Pure."""
+"""Server-sent events, as the upstream sends them: their data, and which are errors. Pure."""
 
 from codecs import BOM_UTF8
 
@@ -7,6 +7,8 @@ from relay.errors import Garbled
 MOST_BYTES = 2 * 1024 * 1024
 """Of one event. It goes to Redis in one call, and one that takes longer than a call may would be
 sent again for ever, and the worker's other streams with it. This much even 10 Mbit/s carry."""
+ERROR = b'{"object":"error"}'
+"""In the place of the data of an event named `error`, which need not say itself that it is one."""
 
 
 class Decoder:
@@ -48,4 +50,6 @@ def _data(event: bytes) -> bytes:
         return event[6:]
     # With the first event a byte order mark may come.
     lines = [line.partition(b":") for line in event.removeprefix(BOM_UTF8).split(b"\n")]
-    return b"\n".join(value.removeprefix(b" ") for name, _, value in lines if name == b"data")
+    fields = [(name, value.removeprefix(b" ")) for name, _, value in lines]
+    data = b"\n".join(value for name, value in fields if name == b"data")
+    return ERROR if data and (b"event", b"error") in fields else data
