@@ -605,6 +605,12 @@ async def test_an_end_without_done_is_the_end_of_the_chunks(emulator_url: str) -
     assert all(c["choices"][0]["finish_reason"] is None for c in cut if c["choices"])
 
 
+async def test_done_is_told_from_a_chunk_also_with_space_around_it() -> None:
+    said = http(200, SAID + b"data:  [DONE] \n\n", "text/event-stream")
+    async with answering(said) as (url, _), azure(url) as upstream:
+        assert len(await chunks_of(upstream)) == 1
+
+
 @pytest.mark.parametrize(
     "beat",
     [

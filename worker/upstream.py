@@ -165,7 +165,7 @@ class _Answer:
 
     def feed(self, piece: bytes) -> None:
         said = self._decoder.feed(piece)
-        if chunks := [data for data in said if data != DONE]:
+        if chunks := [data for data in said if data.strip() != DONE]:
             self._feed(chunks)
         if len(chunks) < len(said) and not self.done.done():
             self.done.set_result(None)
