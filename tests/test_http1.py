@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -388,6 +389,16 @@ async def test_what_is_no_http_is_an_error() -> None:
     async with serving(answering(b"SSH-2.0-OpenSSH_9.2\r\n")) as server, client(server) as http:
         with pytest.raises(httpx2.RemoteProtocolError):
             await http.post("/")
+
+
+async def test_a_change_to_another_protocol_is_an_error_and_leaves_the_loop_alone() -> None:
+    broken: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: broken.append(context))
+    answer = answering(b"HTTP/1.1 101 X\r\nupgrade: x\r\nconnection: upgrade\r\n\r\nhello")
+    async with serving(answer) as server, client(server) as http:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await http.post("/")
+    assert broken == []
 
 
 async def test_whoever_leaves_an_answer_closes_its_connection() -> None:

@@ -231,8 +231,8 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.close()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self.close()  # No change to another protocol was asked for.
             exchange.fail(httpx2.RemoteProtocolError(str(error)))
         if not exchange.begun:
             exchange.head_bytes += len(data)
