@@ -76,13 +76,19 @@ class _WellFormed(_Strict):
     """What the wires count on, where it is there."""
 
     choices: "list[_Choice] | None" = None
-    usage: dict[str, Any] | None = None
+    usage: "_Usage | None" = None
+
+
+class _Usage(_Strict):
+    prompt_tokens_details: dict[str, Any] | None = None
+    completion_tokens_details: dict[str, Any] | None = None
 
 
 class _Choice(_Strict):
     index: int = 0
     delta: "_Delta | None" = None
     finish_reason: str | None = None
+    content_filter_results: dict[str, Any] | None = None
 
 
 class _Delta(_Strict):
