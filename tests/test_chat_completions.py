@@ -245,6 +245,26 @@ async def test_what_the_worker_may_not_try_again_the_sdk_does(
     assert emulator.total == 2
 
 
+def odd(delta: Any, reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "notes"),
+    [
+        ([odd(None, "stop")], None),
+        ([odd({"notes": [1]}), odd({"notes": [{"index": 0}]}, "stop")], [1, {"index": 0}]),
+    ],
+)
+async def test_an_answer_of_an_odd_shape_is_told_as_one_object_all_the_same(
+    stack: httpx2.AsyncClient, chunks: list[dict[str, Any]], notes: Any
+) -> None:
+    body = {"model": MODEL, "messages": question(raw=chunks)}
+    response = await stack.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"].get("notes") == notes
+
+
 async def test_an_answer_that_fails_in_the_middle_is_an_error_and_no_end(sdk: AsyncOpenAI) -> None:
     stream = await sdk.chat.completions.create(
         model=MODEL, messages=question(chunks=3, end="eof"), stream=True

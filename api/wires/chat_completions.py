@@ -97,7 +97,8 @@ def fold(events: Iterable[Event]) -> Chunk:
 
 
 def _whole_choice(choice: Chunk) -> Chunk:
-    message = {"role": "assistant", "content": None, "refusal": None, **choice.pop("delta", {})}
+    said = choice.pop("delta", None) or {}
+    message = {"role": "assistant", "content": None, "refusal": None, **said}
     if isinstance(message["content"], str):
         message["content"] = join_text([message["content"]])
     for call in message.get("tool_calls") or ():
@@ -138,12 +139,16 @@ def _merge(whole: Chunk, part: Chunk) -> None:
 def _merge_lists(known: list[Any], parts: list[Any]) -> None:
     """By their `index` where they have one, as the pieces of tool calls; else one after another."""
     for part in parts:
-        index = part.get("index") if isinstance(part, dict) else None
-        same = [each for each in known if index is not None and each.get("index") == index]
+        index = _index(part)
+        same = [each for each in known if index is not None and _index(each) == index]
         if same:
             _merge(same[0], part)
         else:
             known.append(_own(part))
+
+
+def _index(part: Any) -> Any:
+    return part.get("index") if isinstance(part, dict) else None
 
 
 def _own(value: Any) -> Any:
