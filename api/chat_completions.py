@@ -13,6 +13,7 @@ from api.long_response import Exit
 from api.openai_errors import (
     RESPONSES,
     STATUSES,
+    failed,
     failure_of,
     refusal,
     unknown_model,
@@ -46,8 +47,11 @@ class ChatCompletionViewer(HeldViewer):
     def _last_words(self) -> bytes:
         return b""
 
+    def _failed(self) -> Response:
+        return failed(self._feed)
+
     def _refusal(self, status: int, code: str, detail: str) -> Response:
-        return failure_of(self._feed) or refusal(STATUSES.get(code, status), code, detail)
+        return refusal(STATUSES.get(code, status), code, detail)
 
 
 class WithUsage(ChatCompletionViewer):

@@ -59,19 +59,27 @@ def unknown_model(name: str, ours: str) -> Response:
     return refusal(404, "model_not_found", message, param="model")
 
 
+def failed(feed: Feed) -> Response:
+    """Of an answer that has failed. The model service's own code goes before ours: programs match
+    on it, as on `context_length_exceeded`."""
+    value = feed.events[-1].value()
+    status, theirs = STATUSES.get(value["code"], 502), value.get("upstream", {})
+    code = theirs.get("code", value["code"])
+    response = refusal(status, code, value["message"], param=theirs.get("param"))
+    begun = any(event.kind == STARTED for event in feed.events)
+    if not (begun and value["retryable"]):
+        # The worker has tried as often as it may: an SDK would multiply that by its own tries.
+        response.headers["x-should-retry"] = "false"
+    return response
+
+
 def failure_of(feed: Feed, refuse: Refusal = refusal) -> Response | None:
     """What is answered instead of an answer that is gone, has failed or has not ended."""
     if feed.gone is not None:
         return refuse(410, feed.gone.code, feed.gone.message)
     last = feed.events[-1]
     if last.kind == FAILED:
-        value = last.value()
-        response = refuse(STATUSES.get(value["code"], 502), value["code"], value["message"])
-        begun = any(event.kind == STARTED for event in feed.events)
-        if not (begun and value["retryable"]):
-            # The worker has tried as often as it may: an SDK would multiply that by its own tries.
-            response.headers["x-should-retry"] = "false"
-        return response
+        return failed(feed)
     if not last.terminal:
         return refuse(503, "draining", "Ask again, or watch the answer by its X-Stream-Id.")
     return None

@@ -18,7 +18,7 @@ class StreamStatus(BaseModel):
     model: str | None = None
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
-    error: dict[str, Any] | None = Field(None, description="code, message, retryable; if failed.")
+    error: dict[str, Any] | None = Field(None, description="As `failed` has it.")
     last_event_id: str = Field(description="The cursor of the newest event.")
     created_ms: int = Field(description="Unix time in ms, as are the others; Redis' clock.")
     first_chunk_ms: int | None = None

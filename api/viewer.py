@@ -200,8 +200,7 @@ class HeldViewer(Viewer):
             return self._refusal(410, self._feed.gone.code, self._feed.gone.message)
         last = self._feed.events[-1]
         if last.kind == FAILED:
-            value = last.value()
-            return self._refusal(502, value["code"], value["message"])
+            return self._failed()
         if last.kind == CANCELLED:
             detail = "The stream was cancelled before its first text."
             return self._refusal(409, "cancelled", detail)
@@ -209,6 +208,10 @@ class HeldViewer(Viewer):
             detail = "Watch this stream again: another process answers."
             return self._refusal(503, "draining", detail)
         return None
+
+    def _failed(self) -> Response:
+        value = self._feed.events[-1].value()
+        return self._refusal(502, value["code"], value["message"])
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
         raise NotImplementedError

@@ -21,6 +21,9 @@ class Ending(BaseModel):
     code: str | None = Field(None, description="Why it failed; stable, for programs.")
     message: str | None = None
     retryable: bool | None = None
+    upstream: dict[str, str] | None = Field(
+        None, description="`code` and `param` by which the model service refused the request."
+    )
 
 
 class StreamEnded(BaseModel):

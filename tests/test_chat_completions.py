@@ -10,13 +10,16 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import SecretStr
+from redis.asyncio import Redis
 
 from api.chat_request import ChatCompletionRequest
+from cli.redis_server import RedisServer
 from emulator.app import Emulator
 from emulator.script import prompt
 from relay.settings import Settings
-from tests.conftest import changed, running_api, running_worker, text_of, watch
+from tests.conftest import changed, running_api, running_worker, stack_settings, text_of, watch
 from tests.corpus import CORPUS
+from tests.test_upstream import answering, refusal
 
 MODEL = "demo"
 
@@ -243,6 +246,33 @@ async def test_what_the_worker_may_not_try_again_the_sdk_does(
             model=MODEL, messages=question(chunks=3, end="eof")
         )
     assert emulator.total == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [
+        (400, {"code": "context_length_exceeded", "param": "messages"}, None),
+        (429, {"code": "insufficient_quota", "param": None}, None),
+        (400, {"code": "a sentence", "param": "top_p"}, ("upstream_refused", "top_p")),
+        (401, {"code": "invalid_api_key"}, ("upstream_denied", None)),
+    ],
+)
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_refusal_of_the_request_has_the_code_that_programs_match_on(
+    redis_server: RedisServer,
+    redis: Redis,
+    status: int,
+    error: dict[str, Any],
+    told: Any,
+    streams: bool,
+) -> None:
+    body = {"model": MODEL, "messages": question(), "stream": streams}
+    async with answering(refusal(status, **error)) as (url, _):
+        settings = stack_settings(redis_server.url, url, upstream_tries=1)
+        async with running_api(settings) as http, running_worker(settings):
+            response = await http.post("/v1/chat/completions", json=body)
+    said = response.json()["error"]
+    assert (said["code"], said["param"]) == (told or (error["code"], error["param"]))
 
 
 def odd(delta: Any, reason: str | None = None) -> dict[str, Any]:

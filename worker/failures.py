@@ -20,6 +20,8 @@ WORDS_SECONDS = 2.0
 """How long that is waited for. Status and headers tell enough without it."""
 REQUEST_IDS = ("x-request-id", "apim-request-id")
 """Headers by which a vendor's support finds a request."""
+NAMED = {"upstream_rate_limited", "upstream_refused"}
+"""What the vendor calls any other refusal is about this server, such as its key."""
 
 
 class Refused(UpstreamError):
@@ -32,6 +34,9 @@ class Refused(UpstreamError):
         causes += [f"{name}={value}" for name, value in ids.items() if value]
         super().__init__(code, message, retryable=retryable, cause=" ".join(filter(None, causes)))
         self.headers: Mapping[str, str] = response.headers
+        names = {key: identifier(error.get(key)) for key in ("code", "param")}
+        self.names = {key: name for key, name in names.items() if name and code in NAMED}
+        """The vendor's own code and param, where they are about the request."""
 
 
 async def refused(response: httpx2.Response) -> Refused:

@@ -12,6 +12,7 @@ from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
 from relay.log import Appended, Batch
 from relay.logs import get_logger
 from worker.appender import Appender
+from worker.failures import Refused
 from worker.upstream import Upstream
 
 logger = get_logger("generation")
@@ -120,7 +121,10 @@ class Generation:
             case _:
                 logger.error("generation_died", **self._names, exc_info=error)
                 code, message, retryable = "internal", "Something went wrong here.", True
-        return {"code": code, "message": message, "retryable": retryable}
+        told: dict[str, Any] = {"code": code, "message": message, "retryable": retryable}
+        if isinstance(error, Refused) and error.names:
+            told["upstream"] = error.names
+        return told
 
     def _line_up(self, *entries: Entry) -> None:
         for each in entries:
