@@ -21,6 +21,10 @@ FRAMES_AT_ONCE = 256
 BYTES_AT_ONCE = 64 * 1024
 """What a viewer takes for one write, by either bound: all the memory that a slow one holds."""
 
+EVENT_BYTES = 250
+FRAME_BYTES = 50
+"""What Python takes for one beside its data."""
+
 
 class Feed:
     """An append-only list of events, and of their frames per wire. A viewer is an index into it.
@@ -36,7 +40,9 @@ class Feed:
         self.notices: list[bytes] = []
         """What was told beside the log, to those who were there."""
         self.bytes = 0
-        """About what the events and their frames on one wire take."""
+        """About what the events and their frames take."""
+        self.on_growth: Callable[[int], None] | None = None
+        """Is told how many bytes new frames add."""
         self._latest_start = 0
         self._frames: dict[Wire, tuple[Encode, list[bytes]]] = {}
         self._waiters: set[asyncio.Future[bool]] = set()
@@ -71,7 +77,7 @@ class Feed:
             if event.kind == STARTED:
                 self._latest_start = len(self.events)
             self.events.append(event)
-            self.bytes += 2 * len(event.data) + 300
+            self.bytes += len(event.data) + EVENT_BYTES
         if len(self.events) > before:
             self._carry_soon(before)
             self._wake_waiters()
@@ -104,7 +110,12 @@ class Feed:
             self._frames[wire] = wire(), []
         encode, frames = self._frames[wire]
         if len(frames) < len(self.events):
-            frames += [encode(event) for event in self.events[len(frames) :]]
+            new = [encode(event) for event in self.events[len(frames) :]]
+            frames += new
+            size = sum(map(len, new)) + FRAME_BYTES * len(new)
+            self.bytes += size
+            if self.on_growth is not None:
+                self.on_growth(size)
         piece = frames[start : start + FRAMES_AT_ONCE]
         return piece[: fitting(piece, BYTES_AT_ONCE)]
 

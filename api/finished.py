@@ -12,19 +12,24 @@ class Finished:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._bytes = 0
-        self._kept: OrderedDict[str, tuple[Feed, int, float]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Feed, float]] = OrderedDict()
 
     def keep(self, feed: Feed, seconds: float) -> None:
         self.drop(feed.stream_id)
-        self._kept[feed.stream_id] = (feed, feed.bytes, time.monotonic() + seconds)
-        self._bytes += feed.bytes
+        self._kept[feed.stream_id] = (feed, time.monotonic() + seconds)
+        # Who comes late by another wire has all of its frames made.
+        feed.on_growth = self._grow
+        self._grow(feed.bytes)
+
+    def _grow(self, size: int) -> None:
+        self._bytes += size
         while self._bytes > self._limit_bytes:
             self.drop(next(iter(self._kept)))
 
     def get(self, stream_id: str) -> Feed | None:
         if stream_id not in self._kept:
             return None
-        feed, _, until = self._kept[stream_id]
+        feed, until = self._kept[stream_id]
         if time.monotonic() > until:
             self.drop(stream_id)
             return None
@@ -32,13 +37,15 @@ class Finished:
         return feed
 
     def drop(self, stream_id: str) -> Feed | None:
-        feed, size, _ = self._kept.pop(stream_id, (None, 0, 0))
-        self._bytes -= size
+        feed, _ = self._kept.pop(stream_id, (None, 0))
+        if feed is not None:
+            feed.on_growth = None
+            self._bytes -= feed.bytes
         return feed
 
     def clear(self) -> None:
-        self._kept.clear()
-        self._bytes = 0
+        for stream_id in list(self._kept):
+            self.drop(stream_id)
 
     def feeds(self) -> list[Feed]:
-        return [feed for feed, _, _ in self._kept.values()]
+        return [feed for feed, _ in self._kept.values()]

@@ -1,6 +1,6 @@
 """The cache of finished streams."""
 
-from api.feed import Feed
+from api.feed import Encode, Feed
 from api.finished import Finished
 from relay.events import COMPLETED, QUEUED, Cursor, Event
 
@@ -9,6 +9,11 @@ def ended(stream_id: str, size: int = 1000) -> Feed:
     feed = Feed(stream_id)
     feed.add([Event(Cursor(0, 1), QUEUED, b"{}"), Event(Cursor(0, 2), COMPLETED, b"x" * size)])
     return feed
+
+
+def tenfold() -> Encode:
+    """A wire whose frames are much longer than what they tell."""
+    return lambda event: 10 * event.data
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -49,3 +54,36 @@ def test_what_is_dropped_or_cleared_is_gone() -> None:
     assert finished.drop("a") is None
     finished.clear()
     assert finished.get("b") is None
+
+
+def test_an_answer_counts_by_what_its_frames_are_however_little_they_tell() -> None:
+    finished = Finished(5 * ended("x").bytes)
+    feed = ended("a")
+    feed.frames(tenfold, 0)
+    finished.keep(feed, 60)
+    assert finished.feeds() == []
+
+
+def test_frames_that_are_made_for_one_who_comes_late_drop_what_was_used_before() -> None:
+    finished = Finished(9 * ended("x").bytes)
+    for name in "abc":
+        finished.keep(ended(name), 60)
+    late = finished.get("b")
+    assert late is not None
+    late.frames(tenfold, 0)
+    assert [feed.stream_id for feed in finished.feeds()] == ["c", "b"]
+
+
+def test_what_is_no_longer_kept_counts_for_nothing_however_it_grows() -> None:
+    finished = Finished(2 * ended("x").bytes)
+    for _ in range(3):
+        for name in "ab":
+            finished.keep(ended(name), 60)
+        dropped, [cleared] = finished.drop("a"), finished.feeds()
+        finished.clear()
+        assert dropped is not None
+        for feed in (dropped, cleared):
+            feed.frames(tenfold, 0)
+    for name in "ab":
+        finished.keep(ended(name), 60)
+    assert len(finished.feeds()) == 2
