@@ -48,6 +48,12 @@ def come_back() -> bytes:
     return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
 
 
+def send_away(over: asyncio.Future[Exit], drain_seconds: float) -> asyncio.TimerHandle:
+    """Choose a moment of its own, so that not all clients storm the next process at once."""
+    seconds = random.uniform(0, drain_seconds)  # noqa: S311
+    return asyncio.get_running_loop().call_later(seconds, settle, over, Exit.SENT_AWAY)
+
+
 class LongResponse(Response):
     """It ends by itself; broken off when this process drains, at a moment of its own; and, socket
     and all, when the client takes nothing for `write_seconds`."""
@@ -82,7 +88,7 @@ class LongResponse(Response):
         if line is not None:
             line.when_lost(partial(settle, over, Exit.LEFT))
         else:
-            watching = asyncio.ensure_future(_until_left(receive, over))
+            watching = asyncio.ensure_future(until_left(receive, over))
         if self._hub.draining:
             # It has only just come: it may as well go elsewhere at once.
             settle(over, Exit.SENT_AWAY)
@@ -114,12 +120,8 @@ class LongResponse(Response):
         """The client has left before the end, or takes nothing more."""
 
     def _part_when_draining(self, over: asyncio.Future[Exit]) -> None:
-        """Choose a moment of its own, so that not all viewers storm the next process at once."""
         if self._hub.draining and self._parting is None:
-            seconds = random.uniform(0, self._drain_seconds)  # noqa: S311
-            self._parting = asyncio.get_running_loop().call_later(
-                seconds, settle, over, Exit.SENT_AWAY
-            )
+            self._parting = send_away(over, self._drain_seconds)
 
     async def _end_early(self, send: Send, why: Exit) -> None:
         """Nothing is left to say to one that left; one that is sent away is to come back."""
@@ -150,7 +152,8 @@ class LongResponse(Response):
             await send(message)
 
 
-async def _until_left(receive: Receive, over: asyncio.Future[Exit]) -> None:
+async def until_left(receive: Receive, over: asyncio.Future[Exit]) -> None:
+    """Settle `over` when the client has left."""
     try:
         while (await receive())["type"] != "http.disconnect":
             pass

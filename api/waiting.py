@@ -7,6 +7,7 @@ from fastapi import Request, Response
 
 from api.asking import Asking
 from api.feed import Feed
+from api.long_response import Exit, send_away, until_left
 from api.parts import Parts
 
 
@@ -14,25 +15,27 @@ async def when_ended(
     request: Request, asking: Asking, feed: Feed, answer: Callable[[Feed], Response]
 ) -> Response:
     """What `answer` makes of a feed that has ended, or that this process, draining, lets go."""
-    await until_ended(request, asking.parts, feed)
+    why = await until_ended(request, asking.parts, feed)
     on_leave = asking.on_leave(feed)
-    if on_leave is not None and not (feed.ended or asking.parts.hub.draining):
+    if on_leave is not None and why is Exit.LEFT and not feed.ended:
         await on_leave()
     response = answer(feed)
     response.headers["x-stream-id"] = feed.stream_id
     return response
 
 
-async def until_ended(request: Request, parts: Parts, feed: Feed) -> None:
-    """Return when the answer has ended, the client has left, or this process drains."""
-    left = asyncio.ensure_future(_left(request))
+async def until_ended(request: Request, parts: Parts, feed: Feed) -> Exit | None:
+    """Return when the answer has ended, or why it is waited for no longer."""
+    over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+    watching = asyncio.ensure_future(until_left(request.receive, over))
+    parting = None
     try:
-        while not (feed.ended or left.done() or parts.hub.draining):
-            await feed.changed(parts.settings.heartbeat_seconds, unless=left)
+        while not (feed.ended or over.done()):
+            if parts.hub.draining and parting is None:
+                parting = send_away(over, parts.settings.drain_seconds)
+            await feed.changed(parts.settings.heartbeat_seconds, unless=over)
     finally:
-        left.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
+        if parting is not None:
+            parting.cancel()
+    return over.result() if over.done() else None

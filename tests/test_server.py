@@ -660,24 +660,58 @@ async def test_a_draining_process_takes_what_is_to_be_had_from_another(
     assert queued == 1
 
 
+def waiting(*headers: str, **script: object) -> bytes:
+    """Asks for a whole answer."""
+    body = json.dumps({"model": "demo", **asking(**script)}).encode()
+    path = "\r\n".join(["/v1/chat/completions HTTP/1.1", "connection: close", *headers])
+    return post(body).replace(b"/chat HTTP/1.1", path.encode(), 1)
+
+
 async def test_who_waits_for_a_whole_answer_is_sent_away_by_a_process_that_drains(
     settings: Settings,
 ) -> None:
     async with serving(settings) as served:
-        body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hi"}]})
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
         app: Any = served.server.config.app
         async with connected(served.port) as (reader, writer), asyncio.timeout(10):
-            writer.write((head + body).encode())
+            writer.write(waiting())
             await until(lambda: watched(served))
             app.state.parts.hub.drain()
             said = await reader.read()
     assert said.startswith(b"HTTP/1.1 503")
     assert b"\r\nx-stream-id: " in said
     assert b'"code":"draining"' in said
+
+
+async def test_a_whole_answer_that_ends_in_a_deploy_is_given(settings: Settings) -> None:
+    settings = changed(settings, drain_seconds=3600)
+    async with serving(settings) as served, connected(served.port) as (reader, writer):
+        writer.write(waiting(text=["Hello"]))
+        await until(lambda: watched(served))
+        served.server.should_exit = True
+        await until(lambda: answers(served.port, b"HTTP/1.1 503"))
+        async with running_worker(settings), asyncio.timeout(10):
+            said = await reader.read()
+        served.server.force_exit = True
+    assert said.startswith(b"HTTP/1.1 200")
+    assert b'"content":"Hello"' in said
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_who_leaves_in_a_deploy_cancels_a_whole_answer_and_one_sent_away_does_not(
+    settings: Settings, redis: Redis, leaves: bool
+) -> None:
+    async with serving(changed(settings, drain_seconds=3600 if leaves else 0)) as served:
+        app: Any = served.server.config.app
+        async with connected(served.port) as (reader, writer), asyncio.timeout(10):
+            writer.write(waiting("x-on-disconnect: cancel"))
+            await until(lambda: watched(served))
+            app.state.parts.hub.drain()
+            if not leaves:
+                await reader.read()
+        await until(lambda: nobody_watches(served))
+        queued = await redis.zcard(keys.QUEUE)
+        served.server.force_exit = True
+    assert queued == (0 if leaves else 1)
 
 
 async def watched(served: Served) -> bool:
