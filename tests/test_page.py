@@ -195,6 +195,21 @@ async def test_enter_pressed_twice_asks_once(stack: httpx2.AsyncClient, page: Pa
     assert held.empty()
 
 
+async def test_a_question_of_blanks_alone_is_not_sent(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.goto(address(stack))
+    asked = requests_of(page, "/chat")
+    await type_question(page, " \n ")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert")).to_have_text("Type a question first.")
+    await type_question(page, prompt(text=["Hello"]))
+    await page.keyboard.press("Enter")
+    await shows_exactly(page, "Hello")
+    await expect(page.get_by_role("alert")).to_be_empty()
+    assert len(asked) == 1
+
+
 async def test_a_question_that_cannot_be_sent_stays_in_its_field(
     stack: httpx2.AsyncClient, page: Page
 ) -> None:

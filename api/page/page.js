@@ -23,6 +23,8 @@ form.addEventListener("submit", async (event) => {
   send.disabled = true;
   problem.textContent = "";
   try {
+    // A question of blanks alone passes for one that is filled in.
+    if (!question.value.trim()) throw new Error("Type a question first.");
     const messages = [{ role: "user", content: question.value }];
     const { stream_id } = await call("POST", "chat", { messages });
     location.hash = stream_id;
