@@ -47,6 +47,7 @@ class RedisServer:
     ) -> None:
         self.binary = binary
         self.data = data.resolve()
+        self.log = self.data / "redis.log"
         self._report = report
         self._folder = ""
         self.url = ""
@@ -78,7 +79,12 @@ class RedisServer:
         self._folder = tempfile.mkdtemp(prefix="relay-")
         self.socket = f"{self._folder}/redis.sock"
         self.url = f"unix://{self.socket}?db=0"
-        options = OPTIONS | {"unixsocket": self.socket, "dir": str(self.data)}
+        options = OPTIONS | {
+            "unixsocket": self.socket,
+            "dir": str(self.data),
+            # Else each start and stop is told of: it has no level for failures alone.
+            "logfile": str(self.log),
+        }
         self.argv = [self.binary, *(x for k, v in options.items() for x in (f"--{k}", v))]
 
     def close(self) -> None:
@@ -104,7 +110,8 @@ class RedisServer:
                         pass
                     await asyncio.sleep(0.02)
         raise ConfigurationError(
-            f"{self.binary} did not answer on {self.data}: its last lines above say why."
+            f"{self.binary} did not answer on {self.data}: "
+            f"its last lines, above or in {self.log}, say why."
         )
 
 

@@ -168,6 +168,33 @@ async def test_a_server_that_ends_at_once_is_one_sentence(tmp_path: Path) -> Non
             pass
 
 
+async def test_one_that_starts_and_stops_in_order_says_nothing(
+    binary: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running_redis(binary, tmp_path):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [("unixsocket", "none/sock", "No such file"), ("maxmemory", "much", "memory value")],
+)
+async def test_one_that_does_not_start_says_why_where_it_is_said_to(
+    binary: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    reason: str,
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"above or in {tmp_path}/redis\.log, say why"):
+        async with running_redis(binary, tmp_path, f"--{option}", value):
+            pass
+    log = tmp_path / "redis.log"
+    assert reason in capfd.readouterr().err + (log.read_text() if log.exists() else "")
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(binary: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="cannot be used"):
