@@ -5,49 +5,48 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: up test test-browser test-clients chaos check format bench bench-quick lock clean
+.PHONY: help up test test-browser test-clients chaos check format bench bench-quick lock clean
 
-up: $(VENV)/installed
+help: ## tell this
+	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(VENV)/installed ## Redis, API and worker, at http://127.0.0.1:8000
 	@exec $(BIN)/relay up
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev ## everything but the browser
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
-# Needs Node 20 or newer, with npm, and Chromium.
-test-clients: $(VENV)/installed-browser
+test-clients: $(VENV)/installed-browser ## every client; needs Node 20 with npm, and Chromium
 	cd tests/clients && npm ci --no-audit --no-fund --loglevel=error
 	$(BIN)/python -m pytest -m clients
 
-test-browser: $(VENV)/installed-browser
+test-browser: $(VENV)/installed-browser ## the page in a headless Chromium
 	$(BIN)/python -m pytest -m browser
 
-# Faults drawn at random over the real stack, and a checker of what everybody saw; two minutes.
-chaos: $(VENV)/installed-dev
+chaos: $(VENV)/installed-dev ## faults at random over the real stack, and a checker; two minutes
 	$(BIN)/python -m chaos $(CHAOS)
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-dev ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/installed-dev
+format: $(VENV)/installed-dev ## by ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The relay beside other ways of doing it, some 15 minutes. Some of those need npm or apt-get;
-# without them they are left out.
-bench: $(VENV)/installed-dev
+# Some of those need npm or apt-get; without them they are left out.
+bench: $(VENV)/installed-dev ## the relay beside other ways of doing it, some 15 minutes
 	$(BIN)/python -m bench
 
-# Of that the least, in a minute and a half; it fails where a ratio has collapsed.
-bench-quick: $(VENV)/installed-dev
+bench-quick: $(VENV)/installed-dev ## the least of that, in 90 s; fails where a ratio has collapsed
 	$(BIN)/python -m bench --quick
 
-lock: $(VENV)/installed-dev
+lock: $(VENV)/installed-dev ## pin the requirements anew
 	sh requirements/lock.sh $(BIN)
 
-clean:
+clean: ## remove the environment and the data of make up
 	rm -rf $(VENV) .relay
 
 # Without ensurepip venv fails after it has made bin/python, by which the next make would take it
