@@ -55,8 +55,9 @@ class Taker:
 
     def leave(self) -> None:
         self.leaving.set()
-        self.reading.set()
+        # As in a server, it is lost before anybody who waits for it to take something goes on.
         asyncio.get_running_loop().call_soon(self._line.lose)
+        self.reading.set()
 
     # As the transport and the flow control of a line.
 

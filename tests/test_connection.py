@@ -155,8 +155,8 @@ async def test_who_waits_for_a_token_no_longer_leaves_it_to_others(
     redis: Redis, redis_server: RedisServer
 ) -> None:
     claims = make_claims(redis)
-    async with connect(redis_server.url) as hasty:
-        waiting = asyncio.create_task(claims.wait_for_job(hasty, 5))
+    async with connect(redis_server.url, answer_seconds=60) as hasty:
+        waiting = asyncio.create_task(claims.wait_for_job(hasty, 60))
         await until(lambda: is_blocked(redis))
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -236,9 +236,11 @@ async def test_an_answer_that_takes_too_long_ends_the_connection(
 ) -> None:
     async with connect(redis_server.url, answer_seconds=0.05) as ours:
         number = await ours.client_id()
+        pipe = ours._pipe  # type: ignore[attr-defined]
         await redis.client_pause(200)
         with pytest.raises(RedisTimeoutError):
             await ours.ping()
+        assert pipe.closed
         await redis.client_unpause()
         assert await ours.client_id() != number
 

@@ -467,9 +467,11 @@ async def test_a_viewer_that_leaves_during_the_first_read_disturbs_no_other(
 
     hasty = asyncio.create_task(join())
     await asyncio.sleep(0)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(_sees(hub, writer.stream_id, b"started"))
-        hasty.cancel()
+    other = asyncio.create_task(_sees(hub, writer.stream_id, b"started"))
+    hasty.cancel()
+    await asyncio.wait([other])
+    assert not other.cancelled()
+    other.result()
 
 
 async def test_a_viewer_that_leaves_while_a_birth_is_overtaken_leaves_nothing_behind(
@@ -645,6 +647,20 @@ async def test_nothing_is_served_from_memory_once_erasing_could_go_unheard(
             return True
 
     await until(gone)
+
+
+async def test_what_is_read_while_erasing_would_go_unheard_is_not_kept(
+    redis: Redis, writer: Writer
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    deaf = Hub(redis, make_log(redis), cache_bytes=2**20, retention_seconds=60)
+    async with entered(deaf, writer.stream_id) as feed:
+        assert feed.ended
+    await make_log(redis).erase(writer.stream_id)
+    with pytest.raises(StreamGone):
+        async with entered(deaf, writer.stream_id):
+            pass
 
 
 async def test_the_cache_keeps_to_its_bytes(redis: Redis) -> None:
