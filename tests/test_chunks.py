@@ -127,6 +127,7 @@ RECORDED: dict[str, list[Chunk]] = {
     ],
     "split emoji": [said("\ud83d"), said("\ude00"), said("x")],
     "finish with text": [said("a"), chunk(choice({"content": "b"}, "stop"))],
+    "the text of the answer beside it": [{"content": x, **said("a")} for x in "aab"],
     "no finish_reason at all": [chunk({"index": 0, "delta": {"content": x}}) for x in "abc"],
     "nulls": [chunk(), {**HEAD, "choices": None}, chunk({"index": 0, "delta": None}), {}],
 }
@@ -305,8 +306,11 @@ def test_a_content_of_parts_is_passed_on_whole_and_adds_nothing_to_the_text() ->
     parts = chunk(choice({"content": [{"type": "thinking", "thinking": []}]}))
     entries = entries_of([parts, said("a"), STOP])
     assert expanded(entries) == [parts, said("a"), STOP]
-    text = "".join(text_of(Event(Cursor(1, seq), *each)) for seq, each in enumerate(entries))
-    assert text == "a"
+    assert text_in(entries) == "a"
+
+
+def text_in(entries: list[Entry]) -> str:
+    return "".join(text_of(Event(Cursor(1, seq), *each)) for seq, each in enumerate(entries))
 
 
 def test_true_and_one_are_not_the_same_chunk() -> None:
@@ -377,6 +381,10 @@ def test_other_events_stand_for_no_chunk(kind: str) -> None:
 
 def second(reason: str | None = None, **delta: Any) -> Chunk:
     return chunk({**choice(delta, reason), "index": 1})
+
+
+def test_what_another_choice_says_again_and_again_is_never_told_as_the_text() -> None:
+    assert text_in(entries_of([said("a"), *[second(content="no")] * 3])) == "a"
 
 
 @pytest.mark.parametrize(

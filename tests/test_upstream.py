@@ -575,6 +575,12 @@ async def test_a_stall_between_chunks_ends_the_answer(
     assert (await ended(emulator)).outcome == "disconnected"
 
 
+async def test_an_answer_may_take_longer_than_a_stall(emulator_url: str) -> None:
+    async with azure(emulator_url, stall_seconds=0.4) as upstream:
+        chunks = await chunks_of(upstream, chunks=9, delay_ms=60)
+    assert text_of(chunks) == "".join(f"{n} " for n in range(9))
+
+
 async def test_a_slow_first_chunk_is_no_stall(emulator_url: str) -> None:
     async with azure(emulator_url, stall_seconds=0.05, first_chunk_seconds=5) as upstream:
         assert text_of(await chunks_of(upstream, chunks=2, first_ms=200)) == "0 1 "
