@@ -175,6 +175,22 @@ async def test_each_wire_rides_on_for_the_kinds_of_events_that_it_takes_as_they_
     assert await rides_on == 4, "nobody rides on to the end"
 
 
+async def test_who_gets_on_is_not_written_what_it_has_and_others_still_lack() -> None:
+    feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
+    early, late = Written(), Written()
+    riding = [asyncio.create_task(feed.ride(plain, early, b"", 60, CHUNKS, unless=over))]
+    await asyncio.sleep(0)
+    riding.append(asyncio.create_task(feed.ride(plain, late, b"", 60, CHUNKS, unless=over)))
+    feed.add([event("1-1", data=b'"a"')])
+    await asyncio.sleep(0)
+    feed.add([event("1-2", data=b'"b"')])
+    await asyncio.sleep(0)
+    over.set_result(None)
+    assert await asyncio.gather(*riding) == [4, 4]
+    assert early.chunks == [b'3\r\n"a"\r\n', b'3\r\n"b"\r\n']
+    assert late.chunks == [b'3\r\n"b"\r\n']
+
+
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:
     feed = feed_of(QUEUE, FIRST, *(event(f"1-{n}") for n in range(1, 3 * FRAMES_AT_ONCE)))
     assert len(feed.frames(plain, 0)) == FRAMES_AT_ONCE

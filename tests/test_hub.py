@@ -342,6 +342,29 @@ async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
     assert [frame.id for frame in taker.frames] == ["1-0", "1-1", "1-2", "1-3"]
 
 
+async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
+    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 3600)
+    await writer.begin()
+    read = Log.read
+    async with running_hub(redis) as hub:
+
+        async def outrun(log: Log, stream_id: str, after: Cursor | None = None) -> Any:
+            monkeypatch.setattr(Log, "read", read)
+            events = await read(log, stream_id, after)
+            await writer.say("meanwhile")
+
+            async def heard() -> bool:
+                return bool(hub._stale)
+
+            await until(heard)
+            return events
+
+        monkeypatch.setattr(Log, "read", outrun)
+        await _sees(hub, writer.stream_id, b"meanwhile")
+
+
 async def test_a_lost_last_publication_is_found_by_the_patrol(
     hub: Hub, writer: Writer, redis: Redis
 ) -> None:

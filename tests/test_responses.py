@@ -157,6 +157,17 @@ async def test_whoever_has_it_all_is_told_no_more(sdk: AsyncOpenAI) -> None:
         assert await taken(rest) == []
 
 
+async def test_whoever_has_more_than_stands_yet_is_told_only_what_comes_after_it(
+    settings: Settings,
+) -> None:
+    async with running_api(settings) as http, client(http) as sdk:
+        response_id = await begun(sdk, chunks=9)
+        rest = await sdk.responses.retrieve(response_id, stream=True, starting_after=8)
+        async with running_worker(settings):
+            seen = await taken(rest)
+        assert seen == (await replayed(sdk, response_id))[9:]
+
+
 async def test_a_second_viewer_from_any_process_gets_the_same_events(
     settings: Settings, worker: Any
 ) -> None:

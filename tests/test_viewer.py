@@ -450,8 +450,8 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
 # Of several streams.
 
 
-def several_viewer(hub: Hub, logs: list[Log]) -> MultiViewer:
-    lanes = [Lane(log.feed, None) for log in logs]
+def several_viewer(hub: Hub, logs: list[Log], cursor: Cursor | None = None) -> MultiViewer:
+    lanes = [Lane(log.feed, cursor) for log in logs]
     return MultiViewer(hub, lanes, heartbeat_seconds=60, write_seconds=60, drain_seconds=0)
 
 
@@ -487,6 +487,18 @@ async def test_of_several_streams_none_holds_up_another(hub: Hub) -> None:
     assert taker.ended
     assert taker.body.index(b"little") < 2 * BYTES_AT_ONCE
     assert taker.body.count(b"event: chunk") == 1001
+
+
+async def test_of_several_streams_too_a_cursor_above_the_top_waits_for_what_follows_it(
+    hub: Hub,
+) -> None:
+    log = Log()
+    log.add(STARTS)
+    async with viewing(several_viewer(hub, [log], Cursor(1, 2))) as taker:
+        await taker.has(b"retry")
+        log.add(*text("one", "two", "three"), ENDS)
+        await taker.over.wait()
+    assert [frame.id for frame in taker.frames] == ["1-3", "1-4"]
 
 
 # The text wire.
@@ -636,6 +648,16 @@ async def test_a_stream_gone_or_a_process_draining_before_the_first_text_is_a_pr
     assert taker.status == 410
     hub.draining = True
     async with viewing(text_viewer(hub, Log())) as taker:
+        await taker.has(b"draining")
+    assert taker.status == 503
+
+
+async def test_one_that_waits_for_its_first_text_is_sent_away_by_a_drain(hub: Hub) -> None:
+    log = Log()
+    async with viewing(text_viewer(hub, log)) as taker:
+        await asyncio.sleep(0)  # It has come, and waits for the first text.
+        hub.draining = True
+        log.feed.wake()
         await taker.has(b"draining")
     assert taker.status == 503
 
