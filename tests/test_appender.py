@@ -216,11 +216,16 @@ async def test_what_is_wrong_with_many_streams_is_told_in_one_line(
 async def test_an_appender_that_dies_lets_its_attempts_go_and_serves_those_that_come(
     redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unlucky, later = await writers(redis, counted, 2)
+    unlucky, waiting, later = await writers(redis, counted, 3)
+    counted.open.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Log, "append", lambda *_: 1 / 0)
         unlucky.say("a")
+        await counted.called.wait()
+        waiting.say("a")
+        counted.open.set()
         async with asyncio.timeout(5):
             await unlucky.lost.wait()
+            await waiting.lost.wait()
     later.say("a")
     await later.stands()

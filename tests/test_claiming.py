@@ -77,6 +77,13 @@ async def waiting(redis: Redis, workers: int) -> None:
     await until(enough)
 
 
+async def nobody_waiting(redis: Redis) -> None:
+    async def nobody() -> bool:
+        return not (await redis.info("clients"))["blocked_clients"]
+
+    await until(nobody)
+
+
 async def create(log: Log, **script: Any) -> str:
     return (await log.create(asking(**script))).stream_id
 
@@ -314,6 +321,8 @@ async def test_a_job_that_redis_gives_once_more_to_its_owner_runs_once(
         second = await arrival(emulator, 1)
         await cut(record)
         assert second.outcome is None
+        # After the last append, which would have found that it is cancelled.
+        await log_when(redis, log, stream_id, lambda event: str(event.cursor) == "2-4")
         await log.cancel(stream_id)
         await cut(second)
         events = await whole(redis, log, stream_id)
@@ -468,6 +477,47 @@ async def test_a_signal_without_grace_hands_over_every_job_at_no_cost_of_a_try(
     assert await redis.zcard(keys.QUEUE) == 20
 
 
+async def test_a_job_that_is_begun_at_the_moment_of_a_signal_is_handed_over_too(
+    redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = ClaimingWorker._begin
+
+    def begin_last(self: ClaimingWorker, claim: Claim) -> None:
+        begin(self, claim)
+        self.handle_sig(signal.SIGTERM)  # Before the first step of the job.
+
+    monkeypatch.setattr(ClaimingWorker, "_begin", begin_last)
+    stream_id = await create(log, chunks=1)
+    worker = create_worker(changed(settings, **LONG), handle_signals=False)
+    await asyncio.wait([asyncio.create_task(worker.async_run())], timeout=5)
+    await worker.close()
+    assert await tries_of(redis, stream_id) == 0
+    assert (await log.state(stream_id)).place == 1
+
+
+async def test_a_hand_over_that_has_begun_is_not_cut_by_the_close(
+    redis: Redis, log: Log, settings: Settings, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    ask_redis = Claims.hand_over
+
+    async def hand_over(self: Claims, claim: Claim) -> None:
+        begun.set()
+        await go_on.wait()
+        await ask_redis(self, claim)
+
+    monkeypatch.setattr("relay.claim.Claims.hand_over", hand_over)
+    async with running_worker(changed(settings, **LONG)) as worker:
+        stream_id = await create(log, chunks=1, end="stall")
+        await arrival(emulator)
+        worker.handle_sig(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            await begun.wait()
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+    assert await tries_of(redis, stream_id) == 0
+    assert (await log.state(stream_id)).place == 1
+
+
 async def tries_of(redis: Redis, stream_id: str) -> int:
     return int(await command(redis, "HGET", keys.state(stream_id), "tries"))
 
@@ -495,6 +545,8 @@ async def test_a_worker_that_shuts_down_takes_no_wake_up_from_the_others(
         await arrival(emulator)
         await waiting(redis, 1)
         leaving.handle_sig_wait_for_completion(signal.SIGTERM)
+        await nobody_waiting(redis)
+        assert (await log.state(first)).status == "running"
         async with running_worker(settings):
             await waiting(redis, 1)
             second = await create(log, chunks=1)
@@ -504,7 +556,7 @@ async def test_a_worker_that_shuts_down_takes_no_wake_up_from_the_others(
             assert kinds(events) == ["queued", "started", "completed"]
 
 
-async def test_what_a_worker_claims_at_the_moment_of_its_signal_is_finished_by_it(
+async def test_what_a_worker_claims_at_the_moment_of_its_signal_is_the_last_and_finished_by_it(
     redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer to its claim is under way: it holds a job and does not know it."""
@@ -519,14 +571,17 @@ async def test_what_a_worker_claims_at_the_moment_of_its_signal_is_finished_by_i
         return claims
 
     monkeypatch.setattr("relay.claim.Claims.claim", claim)
-    async with running_worker(changed(settings, **LONG)) as worker:
-        stream_id = await create(log, chunks=3)
+    async with idle_worker(redis, changed(settings, **LONG)) as worker:
+        stream_id = await create(log, chunks=20, delay_ms=10)
         async with asyncio.timeout(5):
             await on_the_wire.wait()
         worker.handle_sig_wait_for_completion(signal.SIGTERM)
         # Longer than arq looks whether anything is left to wait for.
         await asyncio.sleep(0.3)
         arrive.set()
+        await log_when(redis, log, stream_id, lambda event: event.cursor.seq > 9)
+        await create(log, chunks=1)
+        assert await command(redis, "LLEN", keys.WAKE) == 1  # Left to those who go on.
         assert kinds(await whole(redis, log, stream_id)) == ["queued", "started", "completed"]
 
 

@@ -63,6 +63,20 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many deliveries each call wanted."""
+    takes: list[int] = []
+    take = Outbox.take
+
+    async def counted(self: Outbox, want: int) -> list[Delivery]:
+        takes.append(want)
+        return await take(self, want)
+
+    monkeypatch.setattr("relay.outbox.Outbox.take", counted)
+    return takes
+
+
 async def create(log: Log, url: str, **script: Any) -> str:
     return (await log.create(asking(**script), webhook=url)).stream_id
 
@@ -215,6 +229,22 @@ async def test_retry_after_is_waited_out(
         assert 15_000 < await due_in_ms(redis, stream_id) < 25_000
 
 
+async def test_of_the_time_before_the_first_retry_half_is_certain(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deliveries, "FIRST_RETRY_SECONDS", 20)
+    receiver.answers += [answer(500)]
+    async with telling(settings):
+        await tried(redis, await ended(log, receiver.url))
+    [failed] = outcomes(caplog)
+    assert 10 <= failed["retry_seconds"] <= 20
+
+
 async def test_one_that_could_be_told_only_of_what_is_gone_is_given_up(
     redis: Redis, settings: Settings, receiver: Receiver
 ) -> None:
@@ -265,17 +295,10 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
     log: Log,
     settings: Settings,
     receiver: Receiver,
+    takes: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("worker.deliveries.MOST", 2)
-    takes: list[int] = []
-    take = Outbox.take
-
-    async def counted(self: Outbox, want: int) -> list[Delivery]:
-        takes.append(want)
-        return await take(self, want)
-
-    monkeypatch.setattr("relay.outbox.Outbox.take", counted)
     for _ in range(5):
         await ended(log, receiver.url)
     async with telling(settings):
@@ -283,6 +306,30 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
         await settled(redis)
     assert max(takes) == 2
     assert len(takes) < 10
+
+
+async def test_what_is_under_way_counts_towards_what_goes_at_a_time(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    takes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.deliveries.MOST", 2)
+    receiver.answering.clear()
+    for _ in range(3):
+        await ended(log, receiver.url)
+
+    async def polled() -> bool:
+        return len(takes) > 3
+
+    async with telling(settings):
+        await receiver.request(1)
+        await until(polled)
+        assert takes[:4] == [2, 0, 0, 0]
+        receiver.answering.set()
+        await settled(redis)
 
 
 # Receivers that are slow, or not to be reached
