@@ -255,6 +255,19 @@ async def test_each_call_is_given_its_time_from_when_it_was_made(
             assert await ours.ping()
 
 
+async def test_a_call_that_came_while_another_had_its_time_is_not_waited_for_either(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url, answer_seconds=0.4) as ours, asyncio.timeout(3):
+        await ours.ping()
+        await redis.client_pause(200, all=False)  # What writes has to wait.
+        await ours.incr("n")
+        await redis.client_pause(5000, all=False)
+        with pytest.raises(RedisTimeoutError):
+            await ours.incr("n")
+        await redis.client_unpause()
+
+
 async def test_a_redis_that_is_away_is_a_redis_error() -> None:
     async with connect("unix:///nowhere/redis.sock") as redis:
         with pytest.raises(RedisError):

@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import gzip
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -261,6 +263,19 @@ async def test_after_a_kept_connection_that_was_dropped_the_next_try_connects_an
         assert server.connections == 4
 
 
+async def test_an_answer_that_ends_with_its_connection_may_come_on_one_that_was_used() -> None:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        for said in (b"content-length: 2\r\n\r\nok", b"\r\nhello"):
+            await server.request(reader)
+            writer.write(OK + said)
+
+    async with serving(answer) as server, client(server) as http:
+        assert [(await http.post("/")).text for _ in range(2)] == ["ok", "hello"]
+        assert server.connections == 1
+
+
 async def test_a_connection_that_still_has_a_request_to_send_is_not_used_again() -> None:
     async def refuse(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -349,6 +364,30 @@ async def test_what_came_before_an_answer_broke_off_is_read_first() -> None:
     ):
         pieces = response.aiter_bytes()
         assert await anext(pieces) == b"hello"
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await anext(pieces)
+
+
+async def test_a_reset_is_not_the_end_of_an_answer_that_ends_with_its_connection() -> None:
+    go_on = asyncio.Event()
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(OK + b"\r\nhello")
+        await go_on.wait()
+        at_once = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+
+    async with (
+        serving(answer) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        pieces = response.aiter_bytes()
+        assert await anext(pieces) == b"hello"
+        go_on.set()
         with pytest.raises(httpx2.RemoteProtocolError):
             await anext(pieces)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from cli.redis_server import RedisServer
 from relay.connection import connect
 from relay.listener import Listener
 
@@ -171,6 +172,24 @@ async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(
             while (news := await ear.next()) == [("lost",)]:
                 pass
             assert news == [("subscribed", "a")]
+
+
+async def test_a_channel_that_redis_refuses_is_asked_for_again(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    client: Any = redis
+    await client.execute_command("ACL", "SETUSER", "us", "on", "nopass", "+@all", "resetchannels")
+    try:
+        async with connect(f"{redis_server.url}&username=us&password=any") as ours:
+            ear = Ear(ours, "a")
+            async with running(ear.listener):
+                assert await ear.next() == [("lost",)]
+                await client.execute_command("ACL", "SETUSER", "us", "allchannels")
+                while (news := await ear.next()) == [("lost",)]:
+                    pass
+                assert news == [("subscribed", "a")]
+    finally:
+        await client.execute_command("ACL", "DELUSER", "us")
 
 
 async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(

@@ -691,6 +691,24 @@ async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
     assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
 
 
+async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def late(
+        proxy: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await proxy.request(reader)
+        await asyncio.sleep(0.3)
+        writer.write(http(200, SAID + b"data: [DONE]\n\n", "text/event-stream"))
+        await writer.drain()
+
+    async with serving(late) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        impatient = {"stall_seconds": 0.1, "upstream_tries": 1}
+        async with azure("http://model.invalid", **impatient) as upstream:
+            assert text_of(await asked(upstream, asking())) == "a"
+
+
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
 def test_a_proxy_that_cannot_be_gone_through_is_told_at_the_start(
     proxy: str, monkeypatch: pytest.MonkeyPatch
