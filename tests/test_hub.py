@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api import hub as hub_module
 from api.feed import FRAMES_AT_ONCE, Feed
@@ -661,15 +662,35 @@ async def test_nothing_is_served_from_memory_once_erasing_could_go_unheard(
     async with entered(hub, writer.stream_id):
         pass
     await redis.client_kill_filter(_type="pubsub")
+    await until(lambda: _is_gone(hub, writer.stream_id))
 
-    async def gone() -> bool:
-        try:
-            async with entered(hub, writer.stream_id):
-                return False
-        except StreamGone:
-            return True
 
-    await until(gone)
+async def test_what_had_ended_before_it_was_watched_is_served_from_memory_no_longer_than_from_redis(
+    hub: Hub, writer: Writer, redis: Redis
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    await redis.pexpire(keys.log(writer.stream_id), 500)
+    assert not await _is_gone(hub, writer.stream_id)
+    await until(lambda: _is_gone(hub, writer.stream_id))
+
+
+async def _is_gone(hub: Hub, stream_id: str) -> bool:
+    try:
+        async with entered(hub, stream_id):
+            return False
+    except StreamGone:
+        return True
+
+
+async def test_nobody_waits_for_a_redis_that_is_known_to_be_away(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = counting(monkeypatch, "read")
+    hub._listener.away = True
+    with pytest.raises(RedisConnectionError):
+        await hub.enter(writer.stream_id)
+    assert reads["read"] == 0
 
 
 async def test_what_is_read_while_erasing_would_go_unheard_is_not_kept(

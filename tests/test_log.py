@@ -574,6 +574,14 @@ async def test_what_is_gone_is_said_to_be_gone(
     assert await log.remaining_ms(stream_id) < 0
 
 
+async def test_an_erase_in_the_midst_of_a_read_is_no_empty_log(redis: Redis, log: Log) -> None:
+    stream_id = (await log.create(REQUEST)).stream_id
+    # It is there when asked for, and has nothing when read.
+    await redis.xtrim(keys.log(stream_id), maxlen=0, approximate=False)
+    with pytest.raises(StreamGone):
+        await log.read(stream_id)
+
+
 # Viewers.
 
 

@@ -70,6 +70,7 @@ WATCHED = {
     "after one in the query": ("?last_event_id=1-2", {}),
     "after both": ("?last_event_id=1-1", {"last-event-id": "1-3"}),
     "of which one is empty": ("?last_event_id=1-1", {"last-event-id": ""}),
+    "after two": ("", [("last-event-id", "1-2"), ("last-event-id", "1-4")]),
     "with all": ("", {"last-event-id": "1-7"}),
     "after no cursor": ("", {"last-event-id": "one"}),
     "with a query of others": ("?x=1&last_event_id=1-2&last_event_id=1-3", {}),
