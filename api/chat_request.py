@@ -16,7 +16,7 @@ JsonObject = dict[str, Any]
 
 T = TypeVar("T")
 ListOf = Annotated[list[T], Field(fail_fast=True)]
-"""Of its wrong items the first is told: a body of them alone would hold up the loop for seconds."""
+"""It stops at the first wrong item: to tell of each would hold up the loop for seconds."""
 
 
 class Message(BaseModel):
@@ -90,7 +90,7 @@ class Asked(BaseModel):
             text = json.dumps([stored, *also, *told], sort_keys=True, allow_nan=False)
         except (ValueError, RecursionError):
             raise BadRequest(
-                "The body nests too deeply, or holds a number that is none: send plain JSON."
+                "The body nests too deeply, or holds NaN or Infinity: send plain JSON."
             ) from None
         return stored, hashlib.sha256(text.encode()).hexdigest()
 

@@ -175,8 +175,8 @@ class Feed:
         *,
         unless: asyncio.Future[Any],
     ) -> int:
-        """Write to a viewer that has everything each event of these kinds as it comes, and
-        `heartbeat` after so many seconds of none, until there is something for the viewer itself to
+        """Write each event of these kinds, as it comes, to a viewer that has all before it, and
+        `heartbeat` after so many seconds of none; until there is something for the viewer itself to
         do, its line is full, or `unless` is done. Returns the index from which it goes on."""
         if unless.done():
             return len(self.events)

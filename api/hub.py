@@ -33,7 +33,7 @@ NOTICE_SECONDS = 5.0
 SILENT_SECONDS = 3.0
 """Without a sign of life for so long there is no worker: a restart takes less."""
 NO_WORKER = b"no worker is running, the answer comes when one does"
-REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it does"
+REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it is back"
 
 
 class Hub:

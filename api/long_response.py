@@ -22,7 +22,7 @@ HEADERS = {
 RETRY_MS = 1000
 """After which a viewer whose connection is lost comes back."""
 COME_BACK_MS = (500, 3000)
-"""Between which one does that is sent away, or that comes while nothing can be read."""
+"""The same for one that is sent away, or that comes while no log can be read: between these."""
 
 
 class BrokenOff(Exception):

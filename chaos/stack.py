@@ -156,8 +156,8 @@ class Child:
 
 
 class Stack:
-    """`begun` is the time.monotonic() at which all was ready; `complaints` are those of the
-    processes, each with its time, the process' name and a sentence."""
+    """`complaints` are those of the processes, each with its time.monotonic(), the process' name
+    and a sentence."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ CHUNK = "chunk"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 10.0
 FIRST_TRIES = 2
-"""Where nobody ever was, the URL is wrong or nothing runs there, and waiting mends neither."""
+"""Where nobody ever was, the URL is wrong or nothing runs there, and waiting helps neither."""
 
 
 class Refused(RelayError):

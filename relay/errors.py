@@ -11,7 +11,8 @@ RelayError
 ├── Draining                nothing was created; another process answers
 ├── StreamLost              this attempt may no longer write
 └── UpstreamError           the model service failed; carries its own code
-    └── Garbled             it sent what is no answer
+    ├── Garbled             it sent what is no answer
+    └── Incomplete          it ended without finishing the answer
 
 `code` is public and stable. The message is one sentence that says what to do, and never holds
 prompt, answer or vendor text.

@@ -76,7 +76,7 @@ class Webhooks:
         scheme, host = match["scheme"].lower(), match["host"].lower()
         port = int(match["port"] or _PORTS[scheme])
         if not 0 < port <= 65535:
-            raise ValueError("has a port that is none")
+            raise ValueError("has a port outside 1 to 65535")
         if not (host in self._hosts or any(f"*{end}" in self._hosts for end in _ends(host))):
             raise ValueError("names a host that RELAY_WEBHOOK_HOSTS of this server does not allow")
         if scheme == "http" and not self.private:

@@ -141,6 +141,16 @@ async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_pa
     assert await output(cancel) == "completed\n"
 
 
+async def test_the_python_of_the_guide_prints_the_answer(url: str, tmp_path: Path) -> None:
+    [_, guide] = (ROOT / "docs" / "integrate.md").read_text().split("\n## Python\n")
+    code = guide.split("```python\n")[1].split("```")[0].replace("http://127.0.0.1:8000", url)
+    code = code.replace('"Hello"', repr(prompt(text=["Hé", "llo"])))
+    run = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), cwd=ROOT, stdout=PIPE, stderr=STDOUT
+    )
+    assert await output(run) == "completed Héllo\n"
+
+
 async def test_a_failed_answer_and_an_unknown_stream_are_told_in_a_sentence(
     url: str, tmp_path: Path
 ) -> None:

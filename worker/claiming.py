@@ -129,7 +129,7 @@ class ClaimingWorker(Worker):
             if not task.cancelling():
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for job in list(self._held.values()):  # Cancelled before its first step, it did not do so.
+        for job in list(self._held.values()):  # One cancelled before its first step did not.
             await self._hand_over(job.claim)
         with suppress(RedisError):  # Then their leases lapse.
             await self._claims.give_back_unheard()

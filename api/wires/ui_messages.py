@@ -64,7 +64,7 @@ class _Call:
             given = from_json(text or "{}")
             return _frame({"type": "tool-input-available", **part, "input": given})
         except (ValueError, RecursionError):
-            told = "The model's arguments are no JSON."
+            told = "The model's arguments are not valid JSON."
             return _frame({"type": "tool-input-error", **part, "input": text, "errorText": told})
 
 
