@@ -26,7 +26,8 @@ def test_an_environment_that_could_not_be_made_is_made_anew_the_next_time(tmp_pa
 
 def test_make_alone_tells_of_each_target_in_a_line_and_starts_nothing(tmp_path: Path) -> None:
     makefile = ROOT / "Makefile"
-    command = ["make", "-f", str(makefile)]
+    # `make test` has it say by itself that it is within another.
+    command = ["make", "--no-print-directory", "-f", str(makefile)]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^\.PHONY: (.*)$", makefile.read_text(), re.MULTILINE)[0].split()
     assert sorted(re.findall(r"^make (\S+)  +\S.*$", told, re.MULTILINE)) == sorted(targets)
