@@ -4,7 +4,7 @@ Queue, answers and webhooks are those of all processes, and the same from each; 
 one that is asked. Numbers alone: no id, no text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fastapi import APIRouter, Response
@@ -41,10 +41,12 @@ async def metrics(parts: PartsOfApp) -> Response:
     """Without Redis, what only it knows is left out."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    load = await _load(parts)
-    for name, what, value in [*_here(parts), *_everywhere(load)]:
+    facts = [*_here(parts)]
+    if (load := await _load(parts)) is not None:
+        facts += _everywhere(load)
+        registry.register(_Endings(load.ended))
+    for name, what, value in facts:
         Gauge(f"relay_{name}", what, registry=registry).set(value)
-    registry.register(_Endings(load))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -64,24 +66,22 @@ async def _load(parts: Parts) -> Load | None:
         return None
 
 
-def _everywhere(load: Load | None) -> Iterator[_Fact]:
-    if load is not None:
-        yield _Fact("queued", "Streams that wait for a worker", load.queued)
-        yield _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds)
-        yield _Fact("running", "Answers that a worker holds", load.running)
-        yield _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks)
-        yield _Fact("worker_silent_seconds", "Since a worker's sign of life", load.silent_seconds)
+def _everywhere(load: Load) -> Iterator[_Fact]:
+    yield _Fact("queued", "Streams that wait for a worker", load.queued)
+    yield _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds)
+    yield _Fact("running", "Answers that a worker holds", load.running)
+    yield _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks)
+    yield _Fact("worker_silent_seconds", "Since a worker's sign of life", load.silent_seconds)
 
 
 class _Endings(Collector):
     """A counter that Redis keeps; prometheus-client's own count in the process."""
 
-    def __init__(self, load: Load | None) -> None:
-        self._load = load
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        if self._load is not None:
-            ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=["kind"])
-            for kind, count in self._load.ended.items():
-                ended.add_metric([kind], count)
-            yield ended
+        ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=["kind"])
+        for kind, count in self._counts.items():
+            ended.add_metric([kind], count)
+        yield ended

@@ -28,13 +28,13 @@ class Refused(UpstreamError):
     """It answered by an error status."""
 
     def __init__(self, response: httpx2.Response, error: dict[str, Any]) -> None:
-        code, message, retryable = _told(response.status_code, error)
+        names = {key: identifier(error.get(key)) for key in ("code", "param")}
+        code, message, retryable = _told(response.status_code, **names)
         ids = {name: word(response.headers, name) for name in REQUEST_IDS}
-        causes = [f"HTTP {response.status_code}", identifier(error.get("code"))]
+        causes = [f"HTTP {response.status_code}", names["code"]]
         causes += [f"{name}={value}" for name, value in ids.items() if value]
         super().__init__(code, message, retryable=retryable, cause=" ".join(filter(None, causes)))
         self.headers: Mapping[str, str] = response.headers
-        names = {key: identifier(error.get(key)) for key in ("code", "param")}
         self.names = {key: name for key, name in names.items() if name and code in NAMED}
         """The vendor's own code and param, where they are about the request."""
 
@@ -93,9 +93,8 @@ def _error_in(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _told(status: int, error: dict[str, Any]) -> tuple[str, str, bool]:
-    """Code, message, and whether the same may succeed later."""
-    code, param = identifier(error.get("code")), identifier(error.get("param"))
+def _told(status: int, code: str, param: str) -> tuple[str, str, bool]:
+    """Code, message, and whether the same may succeed later; of a status and the vendor's names."""
     if code == "content_filter":
         return "content_filter", "The model service's filter refused the prompt.", False
     if status == 429:
