@@ -778,5 +778,4 @@ async def test_a_claim_whose_answer_is_on_its_way_is_given_back_by_a_worker_that
     assert (await log.state(stream_id)).status == "queued"
     [claimed] = await make_claims(redis, max_attempts=1).claim(1)
     assert claimed.ordinal == 2
-    tries: Any = redis.hget(keys.state(stream_id), "tries")
-    assert int(await tries) == 1
+    assert await tries_of(redis, stream_id) == 1

@@ -12,7 +12,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
-from relay.connection import ANSWER_SECONDS, WAIT_SECONDS, connect, open_connection, script
+from relay.connection import ANSWER_SECONDS, WAIT_SECONDS, Piped, connect, open_connection, script
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
 from tests.redis_process import running_redis
@@ -236,7 +236,9 @@ async def test_an_answer_that_takes_too_long_ends_the_connection(
 ) -> None:
     async with connect(redis_server.url, answer_seconds=0.05) as ours:
         number = await ours.client_id()
-        pipe = ours._pipe  # type: ignore[attr-defined]
+        assert isinstance(ours, Piped)
+        pipe = ours._pipe
+        assert pipe is not None
         await redis.client_pause(200)
         with pytest.raises(RedisTimeoutError):
             await ours.ping()

@@ -65,7 +65,8 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 def takes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many deliveries each call wanted."""
+    """How many deliveries each call wanted, where two go at a time."""
+    monkeypatch.setattr("worker.deliveries.MOST", 2)
     takes: list[int] = []
     take = Outbox.take
 
@@ -291,14 +292,8 @@ async def test_an_erase_stops_what_is_under_way_to_the_receiver(
 
 @pytest.mark.usefixtures("never_polling")
 async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_poll(
-    redis: Redis,
-    log: Log,
-    settings: Settings,
-    receiver: Receiver,
-    takes: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver, takes: list[int]
 ) -> None:
-    monkeypatch.setattr("worker.deliveries.MOST", 2)
     for _ in range(5):
         await ended(log, receiver.url)
     async with telling(settings):
@@ -309,14 +304,8 @@ async def test_what_does_not_go_at_a_time_goes_one_after_the_other_without_a_pol
 
 
 async def test_what_is_under_way_counts_towards_what_goes_at_a_time(
-    redis: Redis,
-    log: Log,
-    settings: Settings,
-    receiver: Receiver,
-    takes: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver, takes: list[int]
 ) -> None:
-    monkeypatch.setattr("worker.deliveries.MOST", 2)
     receiver.answering.clear()
     for _ in range(3):
         await ended(log, receiver.url)

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -23,17 +24,20 @@ SHARED = {
 }
 
 
-async def told(api: httpx2.AsyncClient) -> dict[str, float]:
+async def families(api: httpx2.AsyncClient) -> list[Metric]:
     response = await api.get("/metrics")
     response.raise_for_status()
-    families = text_string_to_metric_families(response.text)
-    return {sample.name: sample.value for family in families for sample in family.samples}
+    return list(text_string_to_metric_families(response.text))
+
+
+async def told(api: httpx2.AsyncClient) -> dict[str, float]:
+    samples = [sample for family in await families(api) for sample in family.samples]
+    return {sample.name: sample.value for sample in samples}
 
 
 async def ends(api: httpx2.AsyncClient) -> dict[str, float]:
     """Kind of terminal event -> how many streams ended by it."""
-    families = text_string_to_metric_families((await api.get("/metrics")).text)
-    [family] = [family for family in families if family.name == "relay_ended"]
+    [family] = [family for family in await families(api) if family.name == "relay_ended"]
     assert family.type == "counter"
     return {sample.labels["kind"]: sample.value for sample in family.samples}
 

@@ -6,7 +6,8 @@ import signal
 import socket
 import sys
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator, Callable
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -718,48 +719,49 @@ async def watched(served: Served) -> bool:
     return not await nobody_watches(served)
 
 
+@asynccontextmanager
+async def api_process(
+    redis_server: RedisServer, argv: Sequence[str] = tuple(module("api")), *, drain_seconds: int = 0
+) -> AsyncIterator[tuple[Process, int]]:
+    """`python -m api`, ready, and its port; killed if it still runs at the end."""
+    port = free_port("127.0.0.1", 0)
+    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
+    env |= {"RELAY_DRAIN_SECONDS": str(drain_seconds), "RELAY_HOST": "127.0.0.1"}
+    process = await asyncio.create_subprocess_exec(*argv, env=env, stderr=PIPE)
+    try:
+        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+        yield process, port
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_second_signal_ends_at_once(
     redis: Redis, redis_server: RedisServer, number: signal.Signals
 ) -> None:
-    port = free_port("127.0.0.1", 0)
-    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
-    env |= {"RELAY_DRAIN_SECONDS": "3600", "RELAY_HOST": "127.0.0.1"}
-    process = await asyncio.create_subprocess_exec(*module("api"), env=env)
-    try:
-        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
-        async with connected(port) as (reader, writer), asyncio.timeout(20):
-            writer.write(events(await ask(port)))
-            await reader.readuntil(b"queued")
-            process.send_signal(signal.SIGTERM)
-            await until(lambda: answers(port, b"HTTP/1.1 503"))
-            assert process.returncode is None
-            process.send_signal(number)
-            async with asyncio.timeout(5):
-                await process.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async with (
+        api_process(redis_server, drain_seconds=3600) as (process, port),
+        connected(port) as (reader, writer),
+        asyncio.timeout(20),
+    ):
+        writer.write(events(await ask(port)))
+        await reader.readuntil(b"queued")
+        process.send_signal(signal.SIGTERM)
+        await until(lambda: answers(port, b"HTTP/1.1 503"))
+        assert process.returncode is None
+        process.send_signal(number)
+        async with asyncio.timeout(5):
+            await process.wait()
 
 
 async def test_ctrl_c_ends_it_in_good_order_and_without_a_traceback(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    port = free_port("127.0.0.1", 0)
-    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
-    env |= {"RELAY_DRAIN_SECONDS": "0", "RELAY_HOST": "127.0.0.1"}
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*module("api"), env=env, stderr=pipe)
-    try:
-        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+    async with api_process(redis_server) as (process, _), asyncio.timeout(10):
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(10):
-            _, written = await process.communicate()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        _, written = await process.communicate()
     assert process.returncode == 0
     assert b"Traceback" not in written
 
@@ -767,21 +769,16 @@ async def test_ctrl_c_ends_it_in_good_order_and_without_a_traceback(
 async def test_a_process_that_may_have_few_descriptors_by_default_serves_more_viewers_than_those(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    port = free_port("127.0.0.1", 0)
-    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
-    env |= {"RELAY_DRAIN_SECONDS": "0", "RELAY_HOST": "127.0.0.1"}
-    process = await asyncio.create_subprocess_exec(*few_descriptors(module("api")), env=env)
-    try:
-        await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
+    async with (
+        api_process(redis_server, few_descriptors(module("api"))) as (_, port),
+        AsyncExitStack() as stack,
+        asyncio.timeout(20),
+    ):
         request = events(await ask(port))
-        async with AsyncExitStack() as stack, asyncio.timeout(20):
-            for _ in range(2 * FEW):
-                reader, writer = await stack.enter_async_context(connected(port))
-                writer.write(request)
-                await reader.readuntil(b"queued")
-    finally:
-        process.kill()
-        await process.wait()
+        for _ in range(2 * FEW):
+            reader, writer = await stack.enter_async_context(connected(port))
+            writer.write(request)
+            await reader.readuntil(b"queued")
 
 
 async def answers(port: int, beginning: bytes) -> bool:

@@ -698,7 +698,7 @@ async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(
         proxy: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await proxy.request(reader)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # Longer than a stall.
         writer.write(http(200, SAID + b"data: [DONE]\n\n", "text/event-stream"))
         await writer.drain()
 
