@@ -5,7 +5,7 @@
  *     import { watch } from "/relay.js";
  *     const outcome = await watch("/streams/ID/events", {
  *       onReset: () => (answer.textContent = ""),
- *       onText: (text) => answer.append(text),
+ *       onText: (text) => (answer.textContent += text),
  *     });
  *
  * Nothing is kept beyond the call. A cursor is worth something only beside the text before it, and
