@@ -105,7 +105,7 @@ class Claims:
         owner = f"{self._worker}/{self._calls}"
         try:
             rows = await self._claim(
-                keys=[keys.QUEUE, keys.LEASES],
+                keys=[keys.QUEUE, keys.LEASES, keys.WAKE],
                 args=[
                     owner,
                     want,

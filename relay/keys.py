@@ -14,7 +14,7 @@
 | relay:ended | hash | kind of terminal event -> how many streams have ended by it |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
-| relay:wake | list | one token per queued job, so that a worker need not poll |
+| relay:wake | list | a token per job that came since the queue was empty: nobody need poll |
 | relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
 
 | field of state | written by | holds |

@@ -3,30 +3,24 @@
 import asyncio
 from collections import deque
 
-REST_SECONDS = 0.001
-
 
 class Turnstile:
     """Tasks that begin together also end together, all of them late: each waits for every other's
     first step before it takes its second. One after the other, the first is done when it would be
     alone, and what comes in meanwhile waits for one of them, not for all."""
 
-    def __init__(self, *, rest_after: int | None = None) -> None:
-        """`rest_after` so many nobody passes for a millisecond: what begins in one go keeps step
-        for as long as it lasts, and comes in bursts."""
-        self._rest_after = rest_after
-        self._in_a_row = 0
+    def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._turning = False
 
     async def passed(self) -> None:
         """In the order in which it is called; at once if nobody else is about to."""
+        loop = asyncio.get_running_loop()
         if not self._turning:
             self._turning = True
-            self._in_a_row = 0
-            self._next()
+            loop.call_soon(self._turn)
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[None] = loop.create_future()
         self._waiting.append(turn)
         await turn
 
@@ -35,15 +29,6 @@ class Turnstile:
             turn = self._waiting.popleft()
             if not turn.done():  # Else its task was cancelled.
                 turn.set_result(None)
-                self._next()
+                asyncio.get_running_loop().call_soon(self._turn)
                 return
         self._turning = False
-
-    def _next(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._in_a_row += 1
-        if self._in_a_row == self._rest_after:
-            self._in_a_row = 0
-            loop.call_later(REST_SECONDS, self._turn)
-        else:
-            loop.call_soon(self._turn)

@@ -609,6 +609,24 @@ async def test_a_job_that_came_before_the_wait_wakes_too(
         await claims.wait_for_job(patient, 20)
 
 
+async def test_jobs_that_were_all_taken_wake_nobody(
+    redis: Redis, redis_server: RedisServer, log: Log, claims: Claims
+) -> None:
+    await create(log, 3)
+    assert len(await claims.claim(9)) == 3
+    async with waiting(claims, redis, redis_server.url):
+        await create(log)
+
+
+async def test_jobs_that_were_left_wake_the_next(
+    redis_server: RedisServer, log: Log, claims: Claims
+) -> None:
+    await create(log, 3)
+    assert len(await claims.claim(2)) == 2
+    async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
+        await claims.wait_for_job(patient, 20)
+
+
 async def test_a_wait_for_jobs_ends_by_itself(redis: Redis, claims: Claims) -> None:
     async with asyncio.timeout(5):
         await claims.wait_for_job(redis, 0.02)

@@ -18,7 +18,7 @@ from relay.events import Event, text_of, to_json
 from relay.log import Log
 from relay.settings import Settings
 from tests.conftest import append, asking, changed, make_claims, running_worker
-from worker.claiming import ClaimingWorker
+from worker.claiming import CLAIMED_AT_ONCE, ClaimingWorker
 from worker.deliveries import Deliveries
 from worker.health import is_healthy
 from worker.main import create_worker
@@ -164,6 +164,32 @@ async def test_what_one_claim_cannot_carry_is_taken_by_the_next_without_a_wake_u
     async with running_worker(settings):
         for stream_id in ids:
             assert (await whole(redis, log, stream_id, seconds=5))[-1].kind == "completed"
+
+
+async def test_a_worker_takes_few_at_a_time_and_leaves_the_rest_to_others(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ask_redis, go_on, owners = Claims.claim, asyncio.Event(), set[str]()
+
+    async def claim(self: Claims, want: int) -> list[Claim]:
+        if owners:
+            await go_on.wait()
+        claims = await ask_redis(self, want)
+        owners.update(claim.owner for claim in claims)
+        return claims
+
+    monkeypatch.setattr("relay.claim.Claims.claim", claim)
+    for _ in range(CLAIMED_AT_ONCE + 1):
+        await create(log, chunks=1, end="stall")
+    async with running_worker(settings):
+        await arrival(emulator, CLAIMED_AT_ONCE - 1)
+        assert (await log.load()).queued == 1
+        go_on.set()
+        await arrival(emulator, CLAIMED_AT_ONCE)
 
 
 async def test_a_lost_wake_token_is_made_good_by_the_slow_poll(

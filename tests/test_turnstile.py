@@ -1,7 +1,5 @@
 import asyncio
 
-import pytest
-
 from relay.turnstile import Turnstile
 
 
@@ -41,23 +39,3 @@ async def test_one_that_does_not_wait_any_more_costs_the_others_no_turn() -> Non
     assert tasks[3].done()
     assert not tasks[3].cancelled()
     await turnstile.passed()
-
-
-async def test_after_so_many_in_a_row_nobody_passes_until_it_has_rested(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("relay.turnstile.REST_SECONDS", 3600)
-    turnstile = Turnstile(rest_after=2)
-    coming = [asyncio.create_task(turnstile.passed()) for _ in range(5)]
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert [task.done() for task in coming] == [True, True, False, False, False]
-    for task in coming:
-        task.cancel()
-
-
-async def test_after_its_rest_the_others_pass() -> None:
-    turnstile = Turnstile(rest_after=2)
-    async with asyncio.timeout(5):
-        await asyncio.gather(*(turnstile.passed() for _ in range(5)))
-        await turnstile.passed()

@@ -29,6 +29,9 @@ from worker.deliveries import Deliveries
 
 logger = get_logger("worker")
 
+CLAIMED_AT_ONCE = 4
+"""What is begun together also answers together, all of it late: each waits for every other's first
+step. And what is not claimed yet another worker can take."""
 POLL_SECONDS = 1.0
 """The slow poll behind the wake-up: a token can be lost with the worker that took it."""
 SWEEP_SECONDS = 0.5
@@ -147,13 +150,13 @@ class ClaimingWorker(Worker):
 
     async def _take_jobs(self) -> None:
         while self.allow_pick_jobs:
-            free = self.max_jobs - len(self._held)
-            if free == 0:
+            want = min(CLAIMED_AT_ONCE, self.max_jobs - len(self._held))
+            if want == 0:
                 self._slot_free.clear()
                 await self._slot_free.wait()
                 continue
             try:
-                nothing_left = await self._claim(free)
+                nothing_left = await self._claim(want)
                 if nothing_left and self.allow_pick_jobs:
                     self._waiting = True
                     await self._claims.wait_for_job(self._patient_redis, POLL_SECONDS)

@@ -13,7 +13,6 @@ from relay.errors import ConfigurationError, Garbled, Incomplete
 from relay.events import join_text
 from relay.logs import Logger, get_logger
 from relay.settings import Settings
-from relay.turnstile import Turnstile
 from worker.endpoint import Endpoint
 from worker.failures import FAILURES, Refused, refused, translated, word
 from worker.http1 import pour
@@ -22,8 +21,6 @@ from worker.sse import Decoder
 
 logger = get_logger("upstream")
 
-ASKED_IN_A_ROW = 4
-"""And then a rest, see Turnstile."""
 FIRST_RETRY_SECONDS = 0.5
 MOST_RETRY_SECONDS = 20.0
 """More than this nobody waits for a first word: a longer Retry-After is cut."""
@@ -52,7 +49,6 @@ class Upstream:
         self.model = settings.upstream.model
         self._settings = settings
         self._endpoint = Endpoint(settings.upstream, settings)
-        self._turnstile = Turnstile(rest_after=ASKED_IN_A_ROW)
 
     async def close(self) -> None:
         await self._endpoint.close()
@@ -94,7 +90,6 @@ class Upstream:
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: bytes, answer: "_Answer") -> None:
-        await self._turnstile.passed()
         async with asyncio.timeout(self._settings.first_chunk_seconds):
             response = await self._endpoint.ask(body)
         async with aclosing(response):

@@ -1,17 +1,21 @@
 -- Takes jobs off the queue: the attempt number and the lease come in one atom. Until the first renewal
 -- nothing else keeps their streams from expiring.
--- KEYS: queue, leases
+-- KEYS: queue, leases, wake
 -- ARGV: owner, how many, bytes of requests after which no more, lease_ms, live_ms, log, state and
 --       job key pattern
 -- Returns {id, attempt, ordinal, request, job} for each claim
-local queue, leases = unpack(KEYS)
+local queue, leases, wake = unpack(KEYS)
 local owner, want, most_bytes, lease_ms, live_ms, log_of, state_of, job_of = unpack(ARGV)
 local now = now_ms()
 local claims, bytes = {}, 0
 
 while #claims < tonumber(want) and bytes < tonumber(most_bytes) do
   local id = redis.call('ZPOPMIN', queue)[1]
-  if not id then break end
+  if not id then
+    -- Each token that is left would wake somebody for nothing.
+    redis.call('DEL', wake)
+    break
+  end
   local state, job = string.format(state_of, id), string.format(job_of, id)
   local request, job_data = redis.call('HGET', state, 'request'), redis.call('GET', job)
   -- An expired, erased or ended stream may still stand in the queue: nobody waits for it.
