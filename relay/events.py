@@ -78,9 +78,14 @@ def to_json(value: Any) -> bytes:
     """Compact JSON on one line. A lone surrogate, half of an emoji split over two chunks, stays
     an escape, so that a client which joins the halves has the emoji."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _COMPACT.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _ASCII.encode(value).encode()
+
+
+# Made once: json.dumps makes one each time, at a third of its cost.
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ASCII = json.JSONEncoder(separators=(",", ":"))
 
 
 def from_json(text: str) -> Any:

@@ -151,7 +151,7 @@ async def test_an_answer_is_poured_whole_from_its_first_piece_on() -> None:
         http.stream("POST", "/") as response,
         asyncio.timeout(5),
     ):
-        pouring = asyncio.create_task(pour(response, pieces.append))
+        pouring = pour(response, pieces.append)
         await until_poured(pieces, b"a")
         go_on.set()
         await pouring
@@ -204,7 +204,7 @@ async def test_what_cannot_be_poured_ends_the_answer_and_is_its_error(rest: byte
 
     async with serving(answer) as server, client(server) as http, asyncio.timeout(5):
         async with http.stream("POST", "/") as response:
-            pouring = asyncio.create_task(pour(response, into))
+            pouring = pour(response, into)
             await until_poured(pieces, b"a")
             go_on.set()
             with pytest.raises(LookupError, match="no room for it"):

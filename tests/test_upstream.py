@@ -679,16 +679,26 @@ async def test_cancelling_whoever_reads_closes_the_socket(
         assert (await ended(emulator)).outcome == "disconnected"
 
 
+@pytest.mark.parametrize("scheme", ["http://", ""], ids=["with its scheme", "without"])
 async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     said = http(200, SAID + b"data: [DONE]\n\n", "text/event-stream")
     async with answering(said) as (proxy, requests):
-        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("HTTP_PROXY", scheme + proxy.removeprefix("http://"))
         async with azure("http://model.invalid") as upstream:
             assert text_of(await asked(upstream, asking())) == "a"
     [request] = requests
     assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
+
+
+async def test_a_host_that_the_environment_excepts_is_asked_without_its_proxy(
+    monkeypatch: pytest.MonkeyPatch, emulator_url: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://model.invalid:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    async with azure(emulator_url) as upstream:
+        assert text_of(await asked(upstream, asking(chunks=1))) == "0 "
 
 
 async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(

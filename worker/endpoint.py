@@ -32,10 +32,11 @@ class Endpoint:
 
     def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
         """Raises ConfigurationError if an extra is missing."""
-        self._client = _client(upstream, settings)
-        self._timeout = self._client.timeout.as_dict()
+        self._transport = _transport(upstream, settings)
+        timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
+        self._extensions = {"timeout": timeout.as_dict()}
         self._token = _token_provider(upstream)
-        sdk = _sdk(upstream, self._token, self._client)
+        sdk = _sdk(upstream, self._token, httpx2.AsyncClient(transport=self._transport))
         known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
         self._headers = httpx2.Headers({k: v for k, v in known.items() if isinstance(v, str)})
         query: Any = sdk.default_query
@@ -48,18 +49,14 @@ class Endpoint:
         followed: the key is not meant for another.
         """
         request = httpx2.Request(
-            "POST",
-            self._url,
-            headers=self._headers,
-            content=body,
-            extensions={"timeout": self._timeout},
+            "POST", self._url, headers=self._headers, content=body, extensions=self._extensions
         )
         if self._token is not None:
             request.headers["authorization"] = f"Bearer {await _signed_in(self._token)}"
-        return await self._client.send(request, stream=True)
+        return await self._transport.handle_async_request(request)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
 
 async def _signed_in(token: Token) -> str:
@@ -75,14 +72,13 @@ async def _signed_in(token: Token) -> str:
         ) from None
 
 
-def _client(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncClient:
-    proxied = _is_proxied(upstream.base_url or "https://")
-    own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
+def _transport(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncBaseTransport:
+    proxy = _proxy(upstream.base_url or "https://")
+    if proxy is None:
+        return Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
-    timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
     try:
-        transport = None if proxied else own
-        return httpx2.AsyncClient(transport=transport, timeout=timeout, limits=limits)
+        return httpx2.AsyncHTTPTransport(proxy=proxy, limits=limits)
     except (ImportError, ValueError):
         raise ConfigurationError(
             "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
@@ -90,10 +86,13 @@ def _client(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncClien
         ) from None
 
 
-def _is_proxied(url: str) -> bool:
-    """As the environment has it, in which httpx looks, too."""
+def _proxy(url: str) -> str | None:
+    """Through which the environment wants it to be asked."""
     parts, proxies = urlsplit(url), getproxies()
-    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _sdk(

@@ -1,4 +1,4 @@
-"""HTTP/1.1 under httpx' client: a transport by which a chunk costs little.
+"""HTTP/1.1 as a transport of httpx, by which a chunk costs little.
 
 httpx' own spends more on a chunk than all the rest of a worker does. Here what the socket has is
 parsed where it arrives, in C, and goes from there to whoever takes it. It knows no proxies (the
@@ -8,29 +8,35 @@ caller takes httpx' own then), no HTTP/2, and no request that is not all there a
 import asyncio
 import ssl
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
 import httptools
 import httpx2
 
 Origin = tuple[str, str, int]
 """Scheme, host, port."""
+Into = Callable[[bytes], None]
+"""Takes a piece of a body."""
 _PORTS = {"http": 80, "https": 443}
 _POUR = "pour"
 _HEAD_BYTES = 64 * 1024
 """Of an answer, until its last header is there; with more it fails."""
 
 
-async def pour(response: httpx2.Response, into: Callable[[bytes], None]) -> None:
+def pour(response: httpx2.Response, into: Into) -> asyncio.Future[None]:
     """Give the body of an answer, piece by piece, to `into`; by this transport in the very step in
-    which a piece comes, and no task has to wake for it. Raises what `into` raises."""
-    poured: Callable[[Callable[[bytes], None]], Awaitable[None]] | None
-    poured = response.extensions.get(_POUR)
+    which a piece comes, and no task has to wake for it. The future is that of the body's end; its
+    exception is what went wrong, or what `into` raised of what came later. Raises what `into`
+    raises of what is there."""
+    poured: Callable[[Into], asyncio.Future[None]] | None = response.extensions.get(_POUR)
     if poured is None or "content-encoding" in response.headers:
-        async for piece in response.aiter_bytes():
-            into(piece)
-    else:
-        await poured(into)
+        return asyncio.create_task(_pour_decoded(response, into))
+    return poured(into)
+
+
+async def _pour_decoded(response: httpx2.Response, into: Into) -> None:
+    async for piece in response.aiter_bytes():
+        into(piece)
 
 
 class Http1(httpx2.AsyncBaseTransport):
@@ -111,7 +117,7 @@ class _Exchange(httpx2.AsyncByteStream):
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
         self._came: list[bytes] = []
-        self._into: Callable[[bytes], None] | None = None
+        self._into: Into | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.status = 0
@@ -125,12 +131,13 @@ class _Exchange(httpx2.AsyncByteStream):
         while not self.begun:
             await self._more()
 
-    async def pour(self, into: Callable[[bytes], None]) -> None:
+    def pour(self, into: Into) -> asyncio.Future[None]:
         if self._came:
             into(self._taken())
         self._into = into
-        while not self.ended:
-            await self._more()
+        poured = self._more()
+        self._wake()  # It may have ended before.
+        return poured
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -151,11 +158,12 @@ class _Exchange(httpx2.AsyncByteStream):
         if not self.ended:
             self._connection.close()
 
-    async def _more(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _more(self) -> asyncio.Future[None]:
+        """Of news; once it is poured, of its end alone."""
         self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+        if self._error is not None:
+            self._waiter.set_exception(self._error)
+        return self._waiter
 
     # As the connection sees it.
 
@@ -188,8 +196,13 @@ class _Exchange(httpx2.AsyncByteStream):
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._error is not None:
+            waiter.set_exception(self._error)
+        elif self._into is None or self.ended:
+            waiter.set_result(None)
 
 
 class _Connection(asyncio.Protocol):

@@ -98,7 +98,7 @@ class Upstream:
             media_type = response.headers.get("content-type", "").lower()
             if not media_type.startswith(MEDIA_TYPE):
                 raise Garbled(word(response.headers, "content-type"))
-            pouring = asyncio.create_task(pour(response, answer.feed))
+            pouring = pour(response, answer.feed)
             try:
                 await self._until_ended(pouring, answer)
             finally:
@@ -107,7 +107,7 @@ class Upstream:
         if not answer.begun:
             raise Incomplete
 
-    async def _until_ended(self, pouring: asyncio.Task[None], answer: "_Answer") -> None:
+    async def _until_ended(self, pouring: asyncio.Future[None], answer: "_Answer") -> None:
         """Return at the end of the answer; raises TimeoutError if it has fallen silent. To look
         when that could be costs less than to set a timer with each chunk."""
         loop, stall = asyncio.get_running_loop(), self._settings.stall_seconds
