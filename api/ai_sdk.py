@@ -1,6 +1,5 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any
 
@@ -8,11 +7,9 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from starlette.types import Receive, Scope, Send
 
 from api.asking import AskingOfRequest
 from api.feed import Feed
-from api.long_response import Exit
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
@@ -42,15 +39,7 @@ class UIMessageViewer(Viewer):
             headers={**codec.HEADERS, "x-stream-id": feed.stream_id},
             **options,
         )
-        self._message_id = message_id
-
-    async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
-    ) -> None:
-        await self._begin(send)
-        await self._write(send, codec.encode_start(self._message_id))
-        await self._follow(send, over)
-        await self._end(send)
+        self.first_words = codec.encode_start(message_id)
 
     def _tell_gone(self, gone: StreamGone) -> bytes:
         return codec.encode_error(gone.message)

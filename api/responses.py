@@ -42,6 +42,7 @@ class ResponseViewer(Viewer):
     """
 
     media_type = codec.MEDIA_TYPE
+    first_words = b""
 
     def __init__(
         self,

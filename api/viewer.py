@@ -29,6 +29,7 @@ class Viewer(LongResponse):
     media_type = native.MEDIA_TYPE
     wire: Wire = staticmethod(native.encoder)
     heartbeat = native.HEARTBEAT
+    first_words = native.retry(RETRY_MS)
     rides_on = frozenset({STARTED, TEXT, WHOLE})
     """The kinds of events whose frames are to be written as they are."""
 
@@ -61,17 +62,17 @@ class Viewer(LongResponse):
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         await self._begin(send)
-        await self._write(send, native.retry(RETRY_MS))
         await self._follow(send, over)
         await self._end(send)
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         """Write the feed from the cursor on, until its end or until the viewer must go."""
+        words = self.first_words  # In one write with what follows: each wakes the client.
         feed = self._feed
         index = None
         while True:
             if feed.gone is not None:
-                await self._write(send, self._tell_gone(feed.gone))
+                await self._write(send, words + self._tell_gone(feed.gone))
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
                 index = feed.position(self._cursor)
@@ -82,12 +83,13 @@ class Viewer(LongResponse):
                 await self._end_early(send, over.result())
                 return
             self._part_when_draining(over)
-            notices = self._take_notices()
+            words += self._take_notices()
             body, taken = self._take(index) if index is not None else (b"", 0)
             if index is not None:
                 index += taken
-            if notices or taken:
-                await self._write(send, notices + body)
+            if words or taken:
+                await self._write(send, words + body)
+                words = b""
             elif self._line is not None and index is not None and self._rides():
                 index = await self._ride(send, self._line, over)
             elif not await feed.changed(self._heartbeat_seconds, unless=over):
@@ -142,6 +144,7 @@ class HeldViewer(Viewer):
     """A wire whose status and headers wait for its first words, so that an answer which ends before
     them is an error by its status. What it has said cannot be taken back."""
 
+    first_words = b""
     rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
     _silent = 0

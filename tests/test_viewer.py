@@ -96,6 +96,19 @@ def text_viewer(hub: Hub, log: Log, *, drain_seconds: float = 0) -> TextViewer:
     )
 
 
+@pytest.mark.parametrize("gone", [False, True])
+async def test_its_first_words_come_with_what_there_is_to_say(hub: Hub, gone: bool) -> None:
+    log = Log()
+    if gone:
+        log.feed.end_as_gone(StreamGone("erased"))
+    async with viewing(viewer(hub, log)) as taker:
+        await taker.has(b"stream_gone" if gone else b"queued")
+    first = taker.writes[0]
+    assert first.startswith(b"retry: 1000\n\n")
+    assert first.endswith(b"\n\n")
+    assert first.count(b"event: ") == 1
+
+
 async def test_what_came_since_the_last_write_goes_out_as_one(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
