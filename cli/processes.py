@@ -87,7 +87,7 @@ def free_port(host: str, port: int) -> int:
     except OSError as error:
         raise ConfigurationError(
             f"Port {port} of {host} cannot be used ({error.strerror}): choose another with "
-            "--port or RELAY_PORT."
+            "--port, RELAY_PORT or RELAY_HOST."
         ) from None
 
 

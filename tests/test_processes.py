@@ -9,7 +9,7 @@ from relay.errors import ConfigurationError
 def test_a_taken_port_is_one_sentence_that_says_how_to_choose_another() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=rf"Port {port} .*--port or RELAY_PORT"):
+        with pytest.raises(ConfigurationError, match=rf"Port {port} .*--port, RELAY_PORT or "):
             free_port("127.0.0.1", port)
     assert free_port("127.0.0.1", port) == port
     assert free_port("127.0.0.1", 0) > 0
