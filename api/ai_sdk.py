@@ -57,6 +57,9 @@ class Refused(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refused, "description": "The body is not JSON"},
+    409: {"model": Refused, "description": "The Idempotency-Key came with another body before"},
+    413: {"model": Refused, "description": "The body is too large"},
     422: {"model": Refused, "description": "A field is missing, wrong or unknown"},
     503: {"model": Refused, "description": "The queue is full or Redis is away"},
 }

@@ -85,6 +85,7 @@ def _model(name: str) -> dict[str, Any]:
             "content": {"application/json": {}, codec.MEDIA_TYPE: {}},
         },
         **RESPONSES,
+        410: {**RESPONSES[404], "description": "The answer was erased, has expired or was lost"},
     },
 )
 async def create(

@@ -230,6 +230,8 @@ def load_settings() -> Settings:
     """Read the environment and `.env`. Raises ConfigurationError, naming the first bad variable."""
     try:
         return Settings()
+    except UnicodeDecodeError:  # Some shells write UTF-16 by `>`.
+        raise ConfigurationError(".env is not UTF-8: save it as that.") from None
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.chat_request import ChatRequest
+from api.openai_errors import STATUSES
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
 from relay.ids import new_stream_id
@@ -464,6 +465,9 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
                     if path.startswith(("/v1/", "/api/"))
                     else "application/problem+json"
                 }, path
+    completion = set(paths["/v1/chat/completions"]["post"]["responses"])
+    assert {str(status) for status in STATUSES.values()} | {"404", "409", "413"} <= completion
+    assert {"400", "409", "413", "422", "503"} <= set(paths["/api/chat"]["post"]["responses"])
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["examples"]
 

@@ -339,6 +339,12 @@ def test_a_bad_value_in_the_env_file_names_its_variable(env_file: Path) -> None:
         load_settings()
 
 
+def test_an_env_file_that_is_not_utf8_is_told_as_that(env_file: Path) -> None:
+    env_file.write_text("RELAY_PORT=9000\n", encoding="utf-16")
+    with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8"):
+        load_settings()
+
+
 def test_no_env_file_is_no_error(env_file: Path) -> None:
     assert not env_file.exists()
     assert load_settings().port == 8000
