@@ -692,13 +692,26 @@ async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
     assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
 
 
+@pytest.mark.parametrize("excepted", ["127.0.0.1", "127.0.0.0/8", "localhost,*"])
 async def test_a_host_that_the_environment_excepts_is_asked_without_its_proxy(
-    monkeypatch: pytest.MonkeyPatch, emulator_url: str
+    monkeypatch: pytest.MonkeyPatch, emulator_url: str, excepted: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://model.invalid:1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", excepted)
     async with azure(emulator_url) as upstream:
         assert text_of(await asked(upstream, asking(chunks=1))) == "0 "
+
+
+async def test_who_stands_in_the_url_signs_in_beside_the_key() -> None:
+    said = http(200, SAID + b"data: [DONE]\n\n", "text/event-stream")
+    async with (
+        answering(said) as (url, requests),
+        azure(url.replace("http://", "http://who:secret@")) as upstream,
+    ):
+        assert text_of(await asked(upstream, asking())) == "a"
+    [request] = requests
+    assert b"\r\nauthorization: basic d2hvonnly3jlda==\r\n" in request.lower()
+    assert b"\r\napi-key: " in request.lower()
 
 
 async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(

@@ -6,6 +6,7 @@ processes spend on beginning an answer, the second nearly all of what a chunk co
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -25,6 +26,7 @@ IDLE_SECONDS = 30.0
 """How long a connection is kept for the next request."""
 
 Token = Callable[[], Awaitable[str]]
+Send = Callable[[httpx2.Request], Awaitable[httpx2.Response]]
 
 
 class Endpoint:
@@ -32,15 +34,21 @@ class Endpoint:
 
     def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
         """Raises ConfigurationError if an extra is missing."""
-        self._transport = _transport(upstream, settings)
-        timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
-        self._extensions = {"timeout": timeout.as_dict()}
+        own = None
+        if not _is_proxied(upstream.base_url or "https://"):
+            own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
+        self._client = _client(own, settings)
+        self._extensions = {"timeout": self._client.timeout.as_dict()}
         self._token = _token_provider(upstream)
-        sdk = _sdk(upstream, self._token, httpx2.AsyncClient(transport=self._transport))
+        sdk = _sdk(upstream, self._token, self._client)
         known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
         self._headers = httpx2.Headers({k: v for k, v in known.items() if isinstance(v, str)})
         query: Any = sdk.default_query
         self._url = sdk.base_url.join("chat/completions").copy_merge_params(query)
+        self._send: Send = partial(self._client.send, stream=True)
+        if own is not None and not self._url.userinfo:
+            # No proxy to be found and no sign-in to be made of the URL: the client adds nothing.
+            self._send = own.handle_async_request
 
     async def ask(self, body: bytes) -> httpx2.Response:
         """The response, whose body is yet to come and which is to be closed. `body` is JSON.
@@ -53,10 +61,10 @@ class Endpoint:
         )
         if self._token is not None:
             request.headers["authorization"] = f"Bearer {await _signed_in(self._token)}"
-        return await self._transport.handle_async_request(request)
+        return await self._send(request)
 
     async def close(self) -> None:
-        await self._transport.aclose()
+        await self._client.aclose()
 
 
 async def _signed_in(token: Token) -> str:
@@ -72,13 +80,11 @@ async def _signed_in(token: Token) -> str:
         ) from None
 
 
-def _transport(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncBaseTransport:
-    proxy = _proxy(upstream.base_url or "https://")
-    if proxy is None:
-        return Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
+def _client(own: Http1 | None, settings: Settings) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
+    timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
     try:
-        return httpx2.AsyncHTTPTransport(proxy=proxy, limits=limits)
+        return httpx2.AsyncClient(transport=own, timeout=timeout, limits=limits)
     except (ImportError, ValueError):
         raise ConfigurationError(
             "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
@@ -86,13 +92,11 @@ def _transport(upstream: UpstreamSettings, settings: Settings) -> httpx2.AsyncBa
         ) from None
 
 
-def _proxy(url: str) -> str | None:
-    """Through which the environment wants it to be asked."""
+def _is_proxied(url: str) -> bool:
+    """As the environment has it, in which httpx looks, too, and closer: it knows more exceptions
+    than these."""
     parts, proxies = urlsplit(url), getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.hostname or ""):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
 
 
 def _sdk(
