@@ -618,11 +618,17 @@ async def test_jobs_that_were_all_taken_wake_nobody(
         await create(log)
 
 
+@pytest.mark.parametrize("most_bytes", [BYTES_AT_ONCE, 1])
 async def test_jobs_that_were_left_wake_the_next(
-    redis_server: RedisServer, log: Log, claims: Claims
+    redis_server: RedisServer,
+    log: Log,
+    claims: Claims,
+    monkeypatch: pytest.MonkeyPatch,
+    most_bytes: int,
 ) -> None:
+    monkeypatch.setattr("relay.claim.BYTES_AT_ONCE", most_bytes)
     await create(log, 3)
-    assert len(await claims.claim(2)) == 2
+    assert len(await claims.claim(2)) == (2 if most_bytes > 1 else 1)
     async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
         await claims.wait_for_job(patient, 20)
 
