@@ -67,7 +67,7 @@ def _climb(name: str, streams: int) -> Carried:
 
 
 def _carry(system: System, streams: int) -> Carried:
-    """None at all if some are late or broken."""
+    """Of no chunks, if some are late or broken."""
     load = system.load(question(CHUNKS, DELAY_MS), CHUNKS, streams, arrive_seconds=ARRIVE_SECONDS)
     seen = run(load)
     p99 = percentile(seen.delays, 99)
