@@ -18,9 +18,9 @@ from api.chat_request import ChatRequest
 from api.hub import Watching
 from api.parts import Parts
 from api.problems import answer_to, native
+from api.turnstile import Turnstile
 from relay.ids import is_stream_id
 from relay.logs import get_logger
-from relay.turnstile import Turnstile
 
 logger = get_logger("api")
 

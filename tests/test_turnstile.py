@@ -1,6 +1,6 @@
 import asyncio
 
-from relay.turnstile import Turnstile
+from api.turnstile import Turnstile
 
 
 async def test_the_first_passes_at_once() -> None:
