@@ -67,10 +67,10 @@ def _climb(name: str, streams: int) -> Carried:
 
 
 def _carry(system: System, streams: int) -> Carried:
-    """Of no chunks, if some are late or broken."""
+    """No chunks count if some are late or broken."""
     load = system.load(question(CHUNKS, DELAY_MS), CHUNKS, streams, arrive_seconds=ARRIVE_SECONDS)
     seen = run(load)
     p99 = percentile(seen.delays, 99)
-    if seen.broken or p99 > LATEST_MS:
-        return Carried(streams, 0.0, p99)
-    return Carried(streams, streams * CHUNKS / (seen.ended - seen.begun), p99)
+    counts = not seen.broken and p99 <= LATEST_MS
+    per_second = streams * CHUNKS / (seen.ended - seen.begun) if counts else 0.0
+    return Carried(streams, per_second, p99)

@@ -601,12 +601,17 @@ async def test_a_worker_wakes_when_a_job_comes_back(
             await claims.sweep()
 
 
+async def wakes(claims: Claims, url: str) -> None:
+    """Returns when a worker that waits for a job from now on has woken."""
+    async with connect(url, answer_seconds=30) as patient, asyncio.timeout(5):
+        await claims.wait_for_job(patient, 20)
+
+
 async def test_a_job_that_came_before_the_wait_wakes_too(
     redis_server: RedisServer, log: Log, claims: Claims
 ) -> None:
     await create(log)
-    async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
-        await claims.wait_for_job(patient, 20)
+    await wakes(claims, redis_server.url)
 
 
 async def test_jobs_that_were_all_taken_wake_nobody(
@@ -618,19 +623,19 @@ async def test_jobs_that_were_all_taken_wake_nobody(
         await create(log)
 
 
-@pytest.mark.parametrize("most_bytes", [BYTES_AT_ONCE, 1])
+@pytest.mark.parametrize(("most_bytes", "given"), [(BYTES_AT_ONCE, 2), (1, 1)])
 async def test_jobs_that_were_left_wake_the_next(
     redis_server: RedisServer,
     log: Log,
     claims: Claims,
     monkeypatch: pytest.MonkeyPatch,
     most_bytes: int,
+    given: int,
 ) -> None:
     monkeypatch.setattr("relay.claim.BYTES_AT_ONCE", most_bytes)
     await create(log, 3)
-    assert len(await claims.claim(2)) == (2 if most_bytes > 1 else 1)
-    async with connect(redis_server.url, answer_seconds=30) as patient, asyncio.timeout(5):
-        await claims.wait_for_job(patient, 20)
+    assert len(await claims.claim(2)) == given
+    await wakes(claims, redis_server.url)
 
 
 async def test_a_wait_for_jobs_ends_by_itself(redis: Redis, claims: Claims) -> None:

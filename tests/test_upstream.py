@@ -717,17 +717,20 @@ async def test_who_stands_in_the_url_signs_in_beside_the_key() -> None:
 async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    stall_seconds = 0.1
+
     async def late(
         proxy: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await proxy.request(reader)
-        await asyncio.sleep(0.3)  # Longer than a stall.
+        # The promise is about time itself: no event tells that a stall would have been over.
+        await asyncio.sleep(3 * stall_seconds)
         writer.write(http(200, SAID + b"data: [DONE]\n\n", "text/event-stream"))
         await writer.drain()
 
     async with serving(late) as proxy:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
-        impatient = {"stall_seconds": 0.1, "upstream_tries": 1}
+        impatient = {"stall_seconds": stall_seconds, "upstream_tries": 1}
         async with azure("http://model.invalid", **impatient) as upstream:
             assert text_of(await asked(upstream, asking())) == "a"
 
