@@ -4,9 +4,11 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from tests.listening import listening
 
 ENDLESS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 """After this head it goes on for as long as it is read."""
@@ -69,7 +71,6 @@ class Receiver:
         except (ConnectionError, asyncio.IncompleteReadError):
             self.left.set()
         finally:
-            writer.close()
             self.over.set()
 
     async def _answer(self, writer: asyncio.StreamWriter, leaving: asyncio.Task[bytes]) -> None:
@@ -103,25 +104,8 @@ async def receiving(
 ) -> AsyncIterator[Receiver]:
     receiver = Receiver()
     receiver.answers += answers
-    tasks: set[asyncio.Task[None]] = set()
-
-    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(receiver.serve(reader, writer))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    server = await asyncio.start_server(begin, host, port, ssl=tls)
-    receiver.port = server.sockets[0].getsockname()[1]
-    try:
+    async with listening(receiver.serve, host, port, tls) as receiver.port:
         yield receiver
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await server.wait_closed()
 
 
 class Names:

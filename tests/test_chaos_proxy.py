@@ -7,6 +7,7 @@ from socket import SO_LINGER, SOL_SOCKET
 import pytest
 
 from chaos.proxy import Proxy
+from tests.listening import listening
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 SILENCE_SECONDS = 0.2
@@ -28,17 +29,13 @@ class Echo:
             self.ends.put_nowait("closed")
         except ConnectionResetError:
             self.ends.put_nowait("reset")
-        finally:
-            writer.close()
 
 
 @pytest.fixture
 async def echo() -> AsyncIterator[Echo]:
     echo = Echo()
-    server = await asyncio.start_server(echo.accept, "127.0.0.1", 0)
-    echo.port = server.sockets[0].getsockname()[1]
-    yield echo
-    server.close()
+    async with listening(echo.accept) as echo.port:
+        yield echo
 
 
 @pytest.fixture

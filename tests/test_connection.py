@@ -15,6 +15,7 @@ from relay import keys
 from relay.connection import ANSWER_SECONDS, WAIT_SECONDS, Piped, connect, open_connection, script
 from relay.pipe import Replies
 from tests.conftest import make_claims, until
+from tests.listening import listening
 from tests.redis_process import running_redis
 
 SCRIPTS = [
@@ -33,14 +34,14 @@ async def test_redis_understands_each_script(redis: Redis, name: str) -> None:
 async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
-        writer.close()
 
-    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, connect(f"redis://127.0.0.1:{port}", answer_seconds=0.05) as redis:
-        async with asyncio.timeout(2):
-            with pytest.raises(RedisTimeoutError):
-                await redis.ping()
+    async with (
+        listening(say_nothing) as port,
+        connect(f"redis://127.0.0.1:{port}", answer_seconds=0.05) as redis,
+        asyncio.timeout(2),
+    ):
+        with pytest.raises(RedisTimeoutError):
+            await redis.ping()
 
 
 async def test_a_transaction_does_not_wait_for_a_free_connection_for_ever(

@@ -17,6 +17,7 @@ import trustme
 import uvloop
 
 from tests.conftest import until
+from tests.listening import listening
 from worker.http1 import Http1, _Connection, pour
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -53,12 +54,8 @@ async def serving(
             await answer(server, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             server.left.set()
-        finally:
-            writer.close()
 
-    listening = await asyncio.start_server(on_connection, "127.0.0.1", 0, ssl=context)
-    server.port = listening.sockets[0].getsockname()[1]
-    async with listening:
+    async with listening(on_connection, tls=context) as server.port:
         yield server
 
 

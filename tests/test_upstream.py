@@ -19,6 +19,7 @@ from relay.errors import ConfigurationError, UpstreamError
 from relay.events import first_choice_text
 from relay.settings import Settings
 from tests.conftest import asking
+from tests.listening import listening
 from tests.receiver import Names
 from tests.test_http1 import CHUNKED, Server, serving
 from worker.failures import Refused
@@ -67,11 +68,9 @@ async def answering(response: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
         asked.append(head + await reader.readexactly(int(length[15:])))
         writer.write(response)
         await writer.drain()
-        writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1")
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+    async with listening(answer) as port:
+        yield f"http://127.0.0.1:{port}", asked
 
 
 def http(status: int, body: bytes, kind: str = "application/json") -> bytes:

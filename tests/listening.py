@@ -1,0 +1,52 @@
+"""A server of a test's own, on a real socket in the test's loop."""
+
+import asyncio
+import ssl
+from asyncio import StreamReader, StreamWriter, Task
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+
+Talk = Callable[[StreamReader, StreamWriter], Coroutine[None, None, None]]
+
+
+@asynccontextmanager
+async def listening(
+    talk: Talk, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """Its port. `talk` has each connection, which is closed after it. When the context ends, so do
+    all of them, and what went wrong in a talk is raised: except that the other side has left."""
+    talks: dict[Task[None], StreamWriter] = {}
+
+    def begin(reader: StreamReader, writer: StreamWriter) -> None:
+        task = asyncio.create_task(talk(reader, writer))
+        talks[task] = writer
+        # Not in the task: one that is cancelled before its first step would close nothing.
+        task.add_done_callback(lambda _: writer.close())
+
+    server = await asyncio.start_server(begin, host, port, ssl=tls)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        await _accept_no_more(server)
+        for task in talks:
+            task.cancel()
+        ends = await asyncio.gather(*talks, return_exceptions=True)
+        for writer in talks.values():
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
+    for end in ends:
+        if end is not None and not isinstance(
+            end, asyncio.CancelledError | OSError | asyncio.IncompleteReadError
+        ):
+            raise end
+
+
+async def _accept_no_more(server: asyncio.Server) -> None:
+    """What is accepted already comes to its talk first: it takes the loop two rounds, and a server
+    that is closed in between (up to Python 3.11) would forget the connection, open."""
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener)
+    for _ in range(2):
+        await asyncio.sleep(0)
+    server.close()
