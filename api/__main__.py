@@ -14,6 +14,10 @@ from relay.settings import load_settings, warn_of_misspelt
 
 def main() -> int:
     try:
+        if sys.argv[1:]:
+            raise ConfigurationError(
+                "python -m api takes no arguments: set RELAY_HOST and RELAY_PORT, or use relay api."
+            )
         settings = load_settings()
         configure_logs("api", settings.log_format)
         warn_of_misspelt()

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from relay.errors import Garbled, UpstreamError, identifier
 from relay.events import (
@@ -42,8 +42,11 @@ def parse(data: bytes) -> Chunk:
     try:
         chunk: Chunk = _load(data)
         _WellFormed.model_validate(chunk)
+    except ValidationError as wrong:
+        place = ".".join(map(str, wrong.errors(include_input=False)[0]["loc"]))
+        raise Garbled(identifier(place) or "no object") from None
     except (ValueError, RecursionError):
-        raise Garbled from None
+        raise Garbled("no JSON") from None
     if (error := chunk.get("error")) or chunk.get("object") == "error":
         raise UpstreamError(
             "upstream_failed",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
+from dotenv.parser import parse_stream
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -229,6 +230,7 @@ class Settings(BaseSettings):
 def load_settings() -> Settings:
     """Read the environment and `.env`. Raises ConfigurationError, naming the first bad variable."""
     try:
+        _check_env_file()
         return Settings()
     except UnicodeDecodeError:  # Some shells write UTF-16 by `>`.
         raise ConfigurationError(".env is not UTF-8: save it as that.") from None
@@ -236,6 +238,20 @@ def load_settings() -> Settings:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigurationError(f"{first['loc'][0]}: {reason}.") from None
+
+
+def _check_env_file() -> None:
+    """Raises ConfigurationError for a line that is none: who reads the file would pass over it, and
+    with a key in it the demo upstream would answer."""
+    path = Settings.model_config.get("env_file")
+    if not isinstance(path, str) or not Path(path).is_file():
+        return
+    with Path(path).open(encoding="utf-8") as text:
+        for binding in parse_stream(text):
+            if binding.error:
+                above = binding.original.string.partition(binding.original.string.strip())[0]
+                line = binding.original.line + above.count("\n")
+                raise ConfigurationError(f"Line {line} of .env cannot be read: write NAME=value.")
 
 
 def variables() -> Iterator[str]:

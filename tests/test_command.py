@@ -49,8 +49,12 @@ async def start_up(folder: Path, **variables: str) -> tuple[Process, str, str]:
 
 
 async def relay(*words: str, folder: Path, **variables: str) -> Process:
+    return await run("cli", *words, folder=folder, **variables)
+
+
+async def run(name: str, *words: str, folder: Path, **variables: str) -> Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "cli", *words),
+        *(sys.executable, "-m", name, *words),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables},
         stdout=PIPE,
@@ -218,6 +222,20 @@ async def test_a_wrong_configuration_ends_the_start_with_one_sentence_that_names
     assert printed.startswith("relay: ")
     assert printed.count("\n") == 1
     assert named in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [(["api", "--port", "9000"], "RELAY_PORT"), (["worker", "chek"], "`check`")]
+)
+async def test_a_process_passes_over_no_argument(
+    words: list[str], meant: str, tmp_path: Path
+) -> None:
+    async with asyncio.timeout(20):
+        process = await run(*words, folder=tmp_path)
+        printed = await output(process)
+        assert await process.wait() == 2
+    assert printed.startswith(f"relay: python -m {words[0]} ")
+    assert meant in printed
 
 
 @pytest.mark.parametrize(

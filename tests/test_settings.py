@@ -345,6 +345,23 @@ def test_an_env_file_that_is_not_utf8_is_told_as_that(env_file: Path) -> None:
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("AZURE_OPENAI_KEY: secret\n", 1),
+        ("# A note\n\nRELAY_PORT 9000\nRELAY_HOST=x", 3),
+        ("RELAY_PORT=9000\nAZURE_OPENAI_KEY='secret\nRELAY_HOST=x\n", 2),
+    ],
+)
+def test_a_line_of_the_env_file_that_is_none_is_told_by_its_number_alone(
+    text: str, line: int, env_file: Path
+) -> None:
+    env_file.write_text(text)
+    with pytest.raises(ConfigurationError, match=rf"^Line {line} of \.env ") as raised:
+        load_settings()
+    assert "secret" not in str(raised.value)
+
+
 def test_no_env_file_is_no_error(env_file: Path) -> None:
     assert not env_file.exists()
     assert load_settings().port == 8000

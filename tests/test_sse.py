@@ -99,8 +99,9 @@ def test_an_event_without_an_end_does_not_fill_the_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(sse, "MOST_BYTES", 1000)
     decoder = Decoder()
     assert decoder.feed(b"data: " + b"x" * 900) == []
-    with pytest.raises(Garbled):
+    with pytest.raises(Garbled) as raised:
         decoder.feed(b"x" * 100)
+    assert raised.value.cause == "an event of more than 1000 bytes"
 
 
 @pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["without its end", "whole"])

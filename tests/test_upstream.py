@@ -432,6 +432,12 @@ NAMED = b"x-request-id: 7-a\r\napim-request-id: a b\r\nconnection: close\r\n"
         (http(200, b"", "Text/HTML; charset=utf-8"), "Text/HTML"),
         (http(200, b"", SECRET), ""),
         (http(200, b'data: {"error": {"code": "x"}}\n\n', "text/event-stream"), "x"),
+        (
+            http(200, b'data: {"choices": [{"index": "0"}]}\n\n', "text/event-stream"),
+            "choices.0.index",
+        ),
+        (http(200, b"data: []\n\n", "text/event-stream"), "no object"),
+        (http(200, b"data: %b\n\n" % SECRET.encode(), "text/event-stream"), "no JSON"),
         (http(200, b'data: {"error": "%b"}\n\n' % SECRET.encode(), "text/event-stream"), ""),
         (b"", "RemoteProtocolError"),
         (SECRET.encode() + b"\r\n\r\n", "RemoteProtocolError"),

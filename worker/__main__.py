@@ -15,6 +15,10 @@ from worker.health import is_healthy
 
 def main() -> int:
     try:
+        if sys.argv[1:] not in ([], ["check"]):
+            raise ConfigurationError(
+                "python -m worker takes no arguments but `check`: its settings are variables."
+            )
         settings = load_settings()
         configure_logs("worker", settings.log_format)
         if sys.argv[1:] == ["check"]:

@@ -29,11 +29,11 @@ class Decoder:
         if b"\n\n" not in self._rest[-len(piece) - 1 :]:
             # Not looked through again with each piece: of one long event there are many.
             if len(self._rest) > MOST_BYTES:
-                raise Garbled
+                raise _too_long()
             return []
         *events, rest = bytes(self._rest).split(b"\n\n")
         if max(map(len, events)) > MOST_BYTES:
-            raise Garbled  # It was compressed, and came as one piece.
+            raise _too_long()  # It was compressed, and came as one piece.
         self._rest = bytearray(rest)
         return [data for event in events if (data := _data(event))]
 
@@ -43,6 +43,10 @@ class Decoder:
             piece = piece.removeprefix(b"\n")
         self._after_cr = piece.endswith(b"\r")
         return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _too_long() -> Garbled:
+    return Garbled(f"an event of more than {MOST_BYTES} bytes")
 
 
 def _data(event: bytes) -> bytes:
