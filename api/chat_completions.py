@@ -9,6 +9,7 @@ from starlette.types import Send
 from api.asking import AskingOfRequest
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
+from api.held_viewer import HeldViewer, Superseded
 from api.long_response import Exit
 from api.openai_errors import (
     RESPONSES,
@@ -19,7 +20,6 @@ from api.openai_errors import (
     unknown_model,
 )
 from api.parts import PartsOfApp
-from api.viewer import HeldViewer, Superseded
 from api.waiting import when_ended
 from api.wires import chat_completions as codec
 from relay.errors import StreamGone

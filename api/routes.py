@@ -10,13 +10,14 @@ from redis.exceptions import RedisError
 
 from api.asking import AskingOfRequest
 from api.chat_request import ChatRequest
+from api.held_viewer import HeldViewer, TextViewer
 from api.hub import Watching
 from api.long_response import HEADERS
 from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
-from api.viewer import HeldViewer, NotNow, TextViewer, Viewer
+from api.viewer import NotNow, Viewer
 from api.wires import multiplexed, native, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor

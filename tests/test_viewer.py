@@ -9,9 +9,10 @@ from redis.asyncio import Redis
 from starlette.types import Message, Receive, Scope, Send
 
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
+from api.held_viewer import TextViewer
 from api.hub import Hub
 from api.multi_viewer import Lane, MultiViewer
-from api.viewer import TextViewer, Viewer
+from api.viewer import Viewer
 from relay.errors import StreamGone
 from relay.events import (
     CANCELLED,

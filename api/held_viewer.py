@@ -1,0 +1,133 @@
+"""A viewer of a wire that can take nothing back: it waits until there is something to say."""
+
+import asyncio
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.long_response import BrokenOff, Exit
+from api.problems import problem
+from api.viewer import Viewer
+from api.wires import text
+from relay.errors import StreamGone
+from relay.events import CANCELLED, FAILED, STARTED, TEXT, WHOLE, Event
+
+
+class Superseded(BrokenOff):
+    """What was written is no longer true, and the wire has no words to take it back."""
+
+
+class HeldViewer(Viewer):
+    """A wire whose status and headers wait for its first words, so that an answer which ends before
+    them is an error by its status. What it has said cannot be taken back."""
+
+    first_words = b""
+    rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
+    _written = False
+    _silent = 0
+    """The index up to which the newest attempt has said nothing."""
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
+    ) -> None:
+        while not (self._speaks() or self._feed.ended or over.done()):
+            self._part_when_draining(over)
+            await self._feed.changed(self._heartbeat_seconds, unless=over)
+        if not self._speaks() and (failure := self._failure(over)):
+            for name in ("x-stream-id", "location"):
+                if name in self.headers:
+                    failure.headers[name] = self.headers[name]
+            await failure(scope, receive, send)
+            return
+        await self._begin(send)
+        await self._follow(send, over)
+        await self._end(send)
+
+    def _take(self, index: int) -> tuple[bytes, int]:
+        frames = self._feed.frames(self.wire, index)
+        upto = 0
+        for frame in frames:
+            if self._breaks(self._feed.events[index + upto]):
+                break
+            self._written = self._written or bool(frame)
+            upto += 1
+        if frames and upto == 0:
+            raise Superseded
+        return b"".join(frames[:upto]), upto
+
+    def _rides(self) -> bool:
+        # What riders write is not seen here, so the attempt after it would be spliced to it.
+        return self._written
+
+    def _breaks(self, event: Event) -> bool:
+        """Whether what was written so far is no longer true."""
+        return event.kind == STARTED and self._written
+
+    def _speaks(self) -> bool:
+        """Whether there is anything to begin with, other than that there will be nothing."""
+        # Else each chunk of a long thought would be looked at again with every one that follows.
+        self._silent = max(self._silent, self._feed.position(None))
+        while frames := self._feed.frames(self.wire, self._silent):
+            for frame in frames:
+                if frame and self._feed.events[self._silent].kind not in {FAILED, CANCELLED}:
+                    return True
+                self._silent += 1
+        return False
+
+    def _failure(self, over: asyncio.Future[Exit]) -> Response | None:
+        """What is answered instead if it ended, or must go, before it spoke."""
+        if self._feed.gone is not None:
+            return self._refusal(410, self._feed.gone.code, self._feed.gone.message)
+        last = self._feed.events[-1]
+        if last.kind == FAILED:
+            return self._failed()
+        if last.kind == CANCELLED:
+            detail = "The stream was cancelled before its first text."
+            return self._refusal(409, "cancelled", detail)
+        if over.done() and over.result() is Exit.SENT_AWAY:
+            detail = "Watch this stream again: another process answers."
+            return self._refusal(503, "draining", detail)
+        return None
+
+    def _failed(self) -> Response:
+        value = self._feed.events[-1].value()
+        return self._refusal(502, value["code"], value["message"])
+
+    def _refusal(self, status: int, code: str, detail: str) -> Response:
+        raise NotImplementedError
+
+
+class TextViewer(HeldViewer):
+    """The text wire.
+
+    Plain text has no way to say "forget that" or "that was not all", so only a completed answer
+    ends cleanly. After a failure, a cancel or a new attempt the response breaks off: curl reports
+    that with exit code 18, an HTTP library as an incomplete read. If it fails before the first
+    text, the response is a problem.
+    """
+
+    media_type = text.MEDIA_TYPE
+    wire = staticmethod(text.encoder)
+    heartbeat = b""
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
+    ) -> None:
+        # A client with a cursor has text already, though nothing was written here.
+        self._written = self._cursor is not None and self._cursor.attempt > 0
+        await super()._respond(scope, receive, send, over)
+
+    def _breaks(self, event: Event) -> bool:
+        return event.kind in {FAILED, CANCELLED} or super()._breaks(event)
+
+    def _tell_gone(self, gone: StreamGone) -> bytes:
+        raise BrokenOff
+
+    def _comment(self, notice: bytes) -> bytes:
+        return b""
+
+    def _last_words(self) -> bytes:
+        return b""
+
+    def _refusal(self, status: int, code: str, detail: str) -> Response:
+        return problem(status, code, detail)
