@@ -116,12 +116,15 @@ def message_id_of(stream_id: str) -> str:
     return f"msg-{alias_of(stream_id)}"
 
 
+_OF_A_CHAT: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 503)}
+
+
 # Ids of chats are the client's own, which may have slashes in them.
 @router.get(
     "/{chat_id:path}/stream",
     summary="Resume the AI SDK's chat",
     response_class=Response,
-    responses={**_STREAMED, 204: {"description": "No answer is being made."}, **RESPONSES},
+    responses={**_STREAMED, 204: {"description": "No answer is being made."}, **_OF_A_CHAT},
 )
 async def resume(
     chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp, watching: WhileResponding
@@ -145,7 +148,7 @@ async def resume(
     "/{chat_id:path}/stop",
     status_code=204,
     summary="Stop the AI SDK's chat",
-    responses=RESPONSES,
+    responses=_OF_A_CHAT,
 )
 async def stop(chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp) -> Response:
     """End the newest answer of the chat; idempotent, and harmless when there is none."""

@@ -198,7 +198,11 @@ async def cancel(
     return await _now(parts, stream_id)
 
 
-@router.delete("/{response_id}", summary="Erase a response", responses=RESPONSES)
+@router.delete(
+    "/{response_id}",
+    summary="Erase a response",
+    responses={404: _ANSWERS[404], 503: RESPONSES[503]},
+)
 async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
     """Prompt, answer and every trace go; if it is still running, it is stopped. Then 404."""
     await parts.log.erase(stream_id)

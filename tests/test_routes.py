@@ -468,6 +468,9 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
     completion = set(paths["/v1/chat/completions"]["post"]["responses"])
     assert {str(status) for status in STATUSES.values()} | {"404", "409", "413"} <= completion
     assert {"400", "409", "413", "422", "503"} <= set(paths["/api/chat"]["post"]["responses"])
+    assert set(paths["/api/chat/{chat_id}/stop"]["post"]["responses"]) == {"204", "422", "503"}
+    deletion = paths["/v1/responses/{response_id}"]["delete"]["responses"]
+    assert set(deletion) == {"200", "404", "503"}
     request = document["components"]["schemas"]["ChatRequest"]
     assert request["examples"]
 
