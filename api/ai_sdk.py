@@ -1,5 +1,6 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,9 +19,6 @@ from api.wires import ui_messages as codec
 from relay.chats import Chats
 from relay.errors import StreamGone
 from relay.ids import alias_of
-from relay.logs import get_logger
-
-logger = get_logger("api")
 
 
 class UIMessageViewer(Viewer):
@@ -154,9 +152,6 @@ async def stop(chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp) -> Respons
     """End the newest answer of the chat; idempotent, and harmless when there is none."""
     stream_id = await chats.newest(chat_id)
     if stream_id is not None:
-        try:
-            verdict = await parts.log.cancel(stream_id)
-        except StreamGone:
-            verdict = "gone"
-        logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+        with suppress(StreamGone):
+            await parts.cancel(stream_id)
     return Response(status_code=204)

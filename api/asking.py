@@ -85,7 +85,7 @@ class Asking:
 
     async def _cancel(self, stream_id: str) -> None:
         try:
-            await self.parts.log.cancel(stream_id)
+            await self.parts.cancel(stream_id)
         except (RedisError, StreamGone) as error:  # Nobody is there to hear of it.
             logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
 

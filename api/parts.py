@@ -8,8 +8,11 @@ from fastapi import Depends, Request
 from api.hub import Hub, Watching
 from api.presence import Presence
 from relay.log import Log
+from relay.logs import get_logger
 from relay.settings import Settings
 from relay.webhooks import Webhooks
+
+logger = get_logger("api")
 
 ANY_MODEL = "chat-relay"
 """The public name of the one model where this process does not know the upstream's."""
@@ -46,6 +49,17 @@ class Parts:
             "write_seconds": settings.write_seconds,
             "drain_seconds": settings.drain_seconds,
         }
+
+    async def cancel(self, stream_id: str) -> str:
+        """As `Log.cancel`, and the operator's log says that it was asked for."""
+        verdict = await self.log.cancel(stream_id)
+        logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+        return verdict
+
+    async def erase(self, stream_id: str) -> None:
+        """As `Log.erase`, and so here."""
+        await self.log.erase(stream_id)
+        logger.info("stream_erased", stream=stream_id)
 
 
 # Async though it waits for nothing: FastAPI runs plain functions in a thread, at the price of a

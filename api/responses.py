@@ -26,9 +26,6 @@ from api.wires.chat_completions import encode_error
 from relay.errors import StreamGone, StreamUnknown
 from relay.events import to_json
 from relay.ids import is_stream_id
-from relay.logs import get_logger
-
-logger = get_logger("api")
 
 CANCEL_SECONDS = 2.0
 """How long a cancel waits for the worker to have written the end."""
@@ -187,8 +184,7 @@ async def cancel(
 ) -> Response:
     """End the answer here and keep what is there; idempotent. Returns the response: `cancelled`,
     unless it ended otherwise before, or its worker takes longer than two seconds to end it."""
-    verdict = await parts.log.cancel(stream_id)
-    logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+    await parts.cancel(stream_id)
     feed = await watching.feed(stream_id)
     try:
         async with asyncio.timeout(CANCEL_SECONDS):
@@ -205,8 +201,7 @@ async def cancel(
 )
 async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
     """Prompt, answer and every trace go; if it is still running, it is stopped. Then 404."""
-    await parts.log.erase(stream_id)
-    logger.info("stream_erased", stream=stream_id)
+    await parts.erase(stream_id)
     return {"id": f"resp_{stream_id}", "object": "response.deleted", "deleted": True}
 
 

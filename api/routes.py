@@ -23,9 +23,7 @@ from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
 from relay.log import GONE, Created
-from relay.logs import get_logger
 
-logger = get_logger("api")
 router = APIRouter()
 
 MOST_STREAMS = 100
@@ -276,8 +274,7 @@ async def cancel(stream_id: StreamId, parts: PartsOfApp) -> Cancelled:
 
     Idempotent. `cancelling` means that a worker is being told; `cancelled` comes to every viewer.
     """
-    verdict = await parts.log.cancel(stream_id)
-    logger.info("cancel_asked", stream=stream_id, verdict=verdict)
+    verdict = await parts.cancel(stream_id)
     return Cancelled.model_validate({"stream_id": stream_id, "status": verdict})
 
 
@@ -289,8 +286,7 @@ async def cancel(stream_id: StreamId, parts: PartsOfApp) -> Cancelled:
 )
 async def erase(stream_id: StreamId, parts: PartsOfApp) -> Response:
     """Prompt, answer and every trace go; if it is still running, it is stopped. Then 410."""
-    await parts.log.erase(stream_id)
-    logger.info("stream_erased", stream=stream_id)
+    await parts.erase(stream_id)
     return Response(status_code=204)
 
 

@@ -6,12 +6,14 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import httpx2
 import pytest
 from redis.asyncio import Redis
 
 from emulator.app import Emulator
+from emulator.script import prompt
 from relay.settings import MIB, Settings
 from tests.conftest import (
     ask,
@@ -320,6 +322,29 @@ async def test_closing_the_tab_cancels_only_where_the_request_asked_for_it(
             stream_id = source.response.headers["x-stream-id"]
         outcomes.append((await watch(stack, stream_id))[-1].event)
     assert outcomes == ["cancelled", "completed"]
+
+
+@pytest.mark.parametrize(
+    "cancel", ["/streams/ID/cancel", "/v1/responses/resp_ID/cancel", "/api/chat/c/stop", ""]
+)
+async def test_an_operator_is_told_that_an_end_was_asked_for_in_whatever_way(
+    stack: httpx2.AsyncClient, cancel: str, caplog: Any
+) -> None:
+    said = prompt(chunks=1, end="stall")
+    message = {"id": "m", "role": "user", "parts": [{"type": "text", "text": said}]}
+    headers = {"x-on-disconnect": "continue" if cancel else "cancel"}
+    body = {"id": "c", "messages": [message]}
+    async with stack.stream("POST", "/api/chat", json=body, headers=headers) as response:
+        stream_id = response.headers["x-stream-id"]
+        if cancel:
+            assert (await stack.post(cancel.replace("ID", stream_id))).is_success
+    assert (await watch(stack, stream_id))[-1].event == "cancelled"
+    told = [
+        (record.msg["event"], record.msg["stream"])
+        for record in caplog.records
+        if record.name == "relay.api" and "cancel" in record.msg["event"]
+    ]
+    assert told == [("cancel_asked", stream_id)]
 
 
 # The upstream's faults, as viewers see them.
