@@ -46,18 +46,23 @@ class Shortcut:
                 await self._turnstile.passed()
                 received = await _body(scope, receive)
                 route = _ask(received, scope)
-                receive = _again(received, receive)
+                if route is None:
+                    receive = _again(received, receive)
+                del received
         if route is None:
             await self._app(scope, receive, send)
-        else:
-            await _respond(route, scope, receive, send)
+            return
+        responding = _respond(route, scope, receive, send)
+        del route
+        await responding
 
 
 async def _respond(route: Route, scope: Scope, receive: Receive, send: Send) -> None:
     watching = Watching(_parts(scope).hub)
     try:
         response = await _answer(route, scope, watching)
-        del route  # It holds headers, and a viewer stays for long.
+        # It holds the question, and a viewer stays for long: whoever called has let go of it, too.
+        del route
         await response(scope, receive, send)
     except Exception as error:
         logger.error("internal_error", exc_info=error)

@@ -1,6 +1,7 @@
 """The shortcut gives the answers that FastAPI's stack gives, to good requests and to bad ones; what
 is plainly right takes it, and nothing else does."""
 
+import gc
 import json
 import re
 from typing import Any
@@ -9,6 +10,7 @@ import httpx2
 import pytest
 
 from api import shortcut
+from api.chat_request import ChatRequest
 from emulator.script import prompt
 from relay.ids import new_stream_id
 from relay.settings import Settings
@@ -142,3 +144,20 @@ async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, b
     short, long, shortened = await both((method, f"/streams/{stream_id}/events", {}, b""))
     assert short == long
     assert shortened == ((method, stream_id) == ("GET", GONE))
+
+
+async def test_a_viewer_does_not_keep_the_question(stack: httpx2.AsyncClient) -> None:
+    body = {"messages": [{"role": "user", "content": prompt(chunks=1, end="stall")}]}
+    async with stack.stream("POST", "/chat", json=body, headers=EVENTS) as response:
+        async for line in response.aiter_lines():
+            if line == "event: chunk":
+                break
+        gc.collect()  # Of all that came before.
+        kept = list(filter(is_question, gc.get_objects()))
+    assert kept == []
+
+
+def is_question(thing: object) -> bool:
+    if type(thing) is dict:  # As ASGI has a body.
+        return thing.get("type") == "http.request" and bool(thing.get("body"))
+    return isinstance(thing, ChatRequest)
