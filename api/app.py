@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -32,6 +32,7 @@ from relay.connection import connect
 from relay.log import Log
 from relay.logs import get_logger
 from relay.settings import Settings
+from relay.webhooks import Webhooks
 
 logger = get_logger("api")
 
@@ -64,38 +65,45 @@ def _end_with_part(task: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@asynccontextmanager
+async def _running(
+    app: FastAPI, settings: Settings, webhooks: Webhooks, model: str
+) -> AsyncIterator[None]:
+    redis = connect(settings.redis_url)
+    log = Log.configured(redis, settings)
+    hub = Hub(
+        redis,
+        log,
+        cache_bytes=settings.cache_bytes,
+        retention_seconds=settings.retention_seconds,
+    )
+    presence = Presence(hub, log, process=secrets.token_hex(8))
+    app.state.redis = redis
+    app.state.parts = Parts(settings, log, hub, presence, webhooks, model)
+    running = [asyncio.create_task(part.run()) for part in (hub, presence)]
+    for task in running:
+        task.add_done_callback(_end_with_part)
+    logger.info("api_ready", version=VERSION)
+    try:
+        yield
+    finally:
+        logger.info("api_stopped")
+        for task in running:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await presence.withdraw()
+        await redis.aclose()
+
+
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it connects to Redis when it starts up, not here. Raises
     ConfigurationError."""
     webhooks, upstream = settings.webhooks, settings.upstream
     model = upstream.model if upstream else ANY_MODEL
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        redis = connect(settings.redis_url)
-        log = Log.configured(redis, settings)
-        hub = Hub(
-            redis,
-            log,
-            cache_bytes=settings.cache_bytes,
-            retention_seconds=settings.retention_seconds,
-        )
-        presence = Presence(hub, log, process=secrets.token_hex(8))
-        app.state.redis = redis
-        app.state.parts = Parts(settings, log, hub, presence, webhooks, model)
-        running = [asyncio.create_task(part.run()) for part in (hub, presence)]
-        for task in running:
-            task.add_done_callback(_end_with_part)
-        logger.info("api_ready", version=VERSION)
-        try:
-            yield
-        finally:
-            logger.info("api_stopped")
-            for task in running:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-            await redis.aclose()
+    def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
+        return _running(app, settings, webhooks, model)
 
     app = _Api(
         title="chat-relay",

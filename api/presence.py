@@ -14,7 +14,8 @@ REFRESH_SECONDS = VIEWERS_SECONDS / 3
 
 
 class Presence:
-    """Each process reports its own numbers; one that died stops counting after a minute."""
+    """Each process reports its own numbers, and withdraws them at its end; one that was killed
+    stops counting after a minute."""
 
     def __init__(self, hub: Hub, log: Log, process: str) -> None:
         self._hub = hub
@@ -40,6 +41,14 @@ class Presence:
                 await self._log.report_viewers(self._process, news, time.time())
                 self._reported = counts
                 self._refreshed = time.monotonic() if refresh else self._refreshed
+
+    async def withdraw(self) -> None:
+        """Nobody watches here any more."""
+        if self._hub.redis_away:
+            return  # It stops counting by itself, and the end must not wait for Redis.
+        gone = dict.fromkeys(self._reported.keys() | self._hub.viewers().keys(), 0)
+        with suppress(RedisError):
+            await self._log.report_viewers(self._process, gone, time.time())
 
     def total(self, stream_id: str, state: State) -> int:
         """All viewers of a stream: those here, exactly, and those that others reported."""

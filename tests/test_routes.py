@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import httpx2
@@ -610,6 +610,26 @@ async def test_how_many_watch_is_told_by_every_process(settings: Settings, redis
             await counted(two, 1)
         await counted(one, 0)
         await counted(two, 0)
+
+
+async def test_a_process_that_ends_in_good_order_counts_no_longer(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(settings) as other, AsyncExitStack() as stack:
+        stream_id = await ask(other)
+
+        async def viewers() -> int:
+            return int((await other.get(f"/streams/{stream_id}")).json()["viewers"])
+
+        async def counted() -> bool:
+            return await viewers() == 1
+
+        async with running_api(settings) as leaving:
+            http = httpx2.AsyncClient(base_url=leaving.base_url, trust_env=False)
+            await stack.enter_async_context(http)
+            await stack.enter_async_context(http.stream("GET", f"/streams/{stream_id}/events"))
+            await until(counted)
+        assert await viewers() == 0
 
 
 async def test_a_process_that_died_stops_counting(settings: Settings, redis: Redis) -> None:
