@@ -1,10 +1,9 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
 from contextlib import suppress
-from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Path, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -16,7 +15,6 @@ from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer
 from api.wires import ui_messages as codec
-from relay.chats import Chats
 from relay.errors import StreamGone
 from relay.ids import alias_of
 
@@ -79,11 +77,6 @@ SHAPE = Shape(refusal, _invalid)
 router = APIRouter(prefix="/api/chat")
 
 
-async def _chats(request: Request, parts: PartsOfApp) -> Chats:
-    return Chats.configured(request.app.state.redis, parts.settings)
-
-
-ChatsOfApp = Annotated[Chats, Depends(_chats)]
 ChatId = Annotated[str, Path(min_length=1, max_length=255, description="As useChat has it.")]
 
 _STREAMED: dict[int | str, dict[str, Any]] = {
@@ -101,10 +94,11 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
     response_class=Response,
     responses={**_STREAMED, **RESPONSES},
 )
-async def chat(body: UIChatRequest, asking: AskingOfRequest, chats: ChatsOfApp) -> Response:
+async def chat(body: UIChatRequest, asking: AskingOfRequest) -> Response:
     """Queue a job and stream the answer as one UI message. Dropping the connection does not stop
     it, unless X-On-Disconnect asks for it."""
-    feed = await asking.begin(body.to_asked(), body.id, note=partial(chats.note, body.id))
+    asking.must_stay()
+    feed = await asking.begin(body.to_asked(), body.id, chat=body.id)
     message_id = body.continued or message_id_of(feed.stream_id)
     return UIMessageViewer(asking.parts, feed, message_id, on_leave=asking.on_leave(feed))
 
@@ -124,11 +118,9 @@ _OF_A_CHAT: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for sta
     response_class=Response,
     responses={**_STREAMED, 204: {"description": "No answer is being made."}, **_OF_A_CHAT},
 )
-async def resume(
-    chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp, watching: WhileResponding
-) -> Response:
+async def resume(chat_id: ChatId, parts: PartsOfApp, watching: WhileResponding) -> Response:
     """The newest answer of the chat, from its start and then live, unless it has ended."""
-    stream_id = await chats.newest(chat_id)
+    stream_id = await parts.log.newest_of(chat_id)
     if stream_id is None:
         return Response(status_code=204)
     try:
@@ -148,9 +140,9 @@ async def resume(
     summary="Stop the AI SDK's chat",
     responses=_OF_A_CHAT,
 )
-async def stop(chat_id: ChatId, parts: PartsOfApp, chats: ChatsOfApp) -> Response:
+async def stop(chat_id: ChatId, parts: PartsOfApp) -> Response:
     """End the newest answer of the chat; idempotent, and harmless when there is none."""
-    stream_id = await chats.newest(chat_id)
+    stream_id = await parts.log.newest_of(chat_id)
     if stream_id is not None:
         with suppress(StreamGone):
             await parts.cancel(stream_id)

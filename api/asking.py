@@ -42,7 +42,12 @@ class Asking:
             raise Draining("Ask again: another process answers.")
 
     async def create(
-        self, asked: Asked, *also: object, recovery: Recovery = "restart", stream_id: str = ""
+        self,
+        asked: Asked,
+        *also: object,
+        recovery: Recovery = "restart",
+        stream_id: str = "",
+        chat: str = "",
     ) -> Created:
         """A stream with its job in the queue. `also`: what else makes two requests differ under the
         same Idempotency-Key. Raises as Log.create does, and BadRequest."""
@@ -57,26 +62,23 @@ class Asking:
             idempotency_key=self.idempotency_key,
             digest=digest,
             webhook=self.webhook,
+            chat=chat,
         )
         logger.info("stream_created", stream=created.stream_id, repeated=created.repeated)
         return created
 
     async def begin(
-        self,
-        asked: Asked,
-        *also: object,
-        recovery: Recovery = "restart",
-        note: Callable[[str], Awaitable[None]] | None = None,
+        self, asked: Asked, *also: object, recovery: Recovery = "restart", chat: str = ""
     ) -> Feed:
-        """As `create`, and watch it, from its birth on. `note` is told of one that is new."""
+        """As `create`, and watch it, from its birth on."""
         feed = self.watching.expect(new_stream_id())
-        created = await self.create(asked, *also, recovery=recovery, stream_id=feed.stream_id)
+        created = await self.create(
+            asked, *also, recovery=recovery, stream_id=feed.stream_id, chat=chat
+        )
         if created.repeated:
             self.watching.end()
             return await self.watching.feed(created.stream_id)
         self.parts.hub.born(feed, heard=created.heard)
-        if note is not None:
-            await note(feed.stream_id)
         return feed
 
     def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:

@@ -6,7 +6,7 @@
 | relay:{id}:state | hash | what the scripts must know of it, see below |
 | relay:{id}:viewers | hash | API process -> its number of viewers and when it said so |
 | relay:idempotency:{key} | hash | id and body digest of the stream that the key led to |
-| relay:chat:{chat id} | string | id of the stream that last began to answer there |
+| relay:chat:{chat id} | string | id of the newest stream that answers there |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
@@ -15,7 +15,7 @@
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
 | relay:wake | list | a token per job that came since the queue was empty: nobody need poll |
-| relay:health:{host} | string | arq's health report of a worker there, for a few seconds |
+| relay:health:{host} | string | arq's health report of a worker there, for half a minute |
 
 | field of state | written by | holds |
 |---|---|---|
@@ -28,7 +28,7 @@
 | cancel | cancel | 1 once a cancel is asked for |
 | created_ms, started_ms, ended_ms | create, append, whoever ends it | when, by Redis' clock |
 | ended | whoever ends it | the kind of its terminal event |
-| idempotency | create | the Idempotency-Key's own name in Redis |
+| idempotency, chat | create | the names of its Idempotency-Key and its chat, as above |
 | webhook, webhook_tries | create, take | who is to be told of the end; how often it was tried |
 
 | channel | carries |

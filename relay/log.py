@@ -144,13 +144,15 @@ class Log:
         idempotency_key: str = "",
         digest: str = "",
         webhook: str = "",
+        chat: str = "",
     ) -> Created:
         """A new stream with its job in the queue, or nothing at all; under a new id, unless one was
         made for it already.
 
         `recovery` says what shall become of it if its worker dies after the first chunk: `restart`
         begins the answer anew, `fail` ends the stream as interrupted. `webhook` is the URL to be
-        told when it has ended; empty for none.
+        told when it has ended; empty for none. `chat` is the id of the chat in which it is the
+        newest answer now; empty for none.
 
         Raises QueueFull; IdempotencyConflict if the key came with another body before.
         """
@@ -165,6 +167,7 @@ class Log:
                 keys.QUEUE,
                 keys.WAKE,
                 keys.idempotency(idempotency_key),
+                keys.chat(chat),
             ],
             args=[
                 stream_id,
@@ -177,19 +180,10 @@ class Log:
                 keys.state("%s"),
                 recovery,
                 webhook,
+                chat,
             ],
         )
-        match answer:
-            case [b"created", _, subscribers]:
-                return Created(stream_id, repeated=False, heard=subscribers > 0)
-            case [b"repeated", known]:
-                return Created(known.decode(), repeated=True)
-            case [b"conflict"]:
-                raise IdempotencyConflict(
-                    "This Idempotency-Key came with another body before: use a new key."
-                )
-            case _:
-                raise QueueFull("The queue is full: try again in a few seconds.")
+        return _created(stream_id, answer)
 
     async def append(self, batches: Sequence[Batch]) -> list[Appended | StreamLost | ResponseError]:
         """Append what several attempts have, and publish it: each batch in one atom, all in one
@@ -289,6 +283,12 @@ class Log:
         """How long the log will still be readable, in ms; negative if it is gone."""
         return int(await self._redis.pttl(keys.log(stream_id)))
 
+    async def newest_of(self, chat: str) -> str | None:
+        """The id of the newest stream of a chat, which may have ended by now; None if it has none
+        or that is gone."""
+        stream_id = await self._redis.get(keys.chat(chat))
+        return stream_id.decode() if stream_id else None
+
     async def cancel(self, stream_id: str) -> str:
         """Ask for the end of a stream; idempotent. Returns the kind of terminal event that stands
         now, or 'cancelling' while a worker still has to write it. Raises StreamGone."""
@@ -338,6 +338,21 @@ class Log:
                 else:
                     pipe.hdel(key, process)
             await pipe.execute()
+
+
+def _created(stream_id: str, answer: list[Any]) -> Created:
+    """Raises QueueFull, IdempotencyConflict."""
+    match answer:
+        case [b"created", _, subscribers]:
+            return Created(stream_id, repeated=False, heard=subscribers > 0)
+        case [b"repeated", known]:
+            return Created(known.decode(), repeated=True)
+        case [b"conflict"]:
+            raise IdempotencyConflict(
+                "This Idempotency-Key came with another body before: use a new key."
+            )
+        case _:
+            raise QueueFull("The queue is full: try again in a few seconds.")
 
 
 _REASONS = {

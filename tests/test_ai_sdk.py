@@ -154,9 +154,12 @@ async def test_to_stop_is_idempotent_and_harmless_where_there_is_nothing(
 async def test_what_leads_from_a_chat_to_its_stream_goes_when_the_stream_does(
     stack: httpx2.AsyncClient, settings: Settings, redis: Redis
 ) -> None:
-    await stack.post("/api/chat", json=chatting(chunks=1))
-    left = await redis.pttl(keys.chat("chat"))
-    assert settings.retention_ms < left <= settings.live_ms + settings.retention_ms
+    response = await stack.post("/api/chat", json=chatting(chunks=1))
+    left = [
+        await redis.pttl(key)
+        for key in (keys.chat("chat"), keys.log(response.headers["x-stream-id"]))
+    ]
+    assert left[0] == pytest.approx(left[1], abs=1000)
 
 
 async def test_a_draining_process_breaks_off_and_never_ends_cleanly(settings: Settings) -> None:

@@ -207,13 +207,15 @@ async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
 
 
 async def key_seconds(redis: Redis) -> int:
-    """How long the key `k` will be remembered, to the nearest ten."""
-    return int(round(await redis.pttl(keys.idempotency("k")), -4) / 1000)
+    """How long the key `k` and the chat `c` will be remembered, to the nearest ten."""
+    names = (keys.idempotency("k"), keys.chat("c"))
+    [seconds] = {int(round(await redis.pttl(name), -4) / 1000) for name in names}
+    return seconds
 
 
-async def test_a_key_is_remembered_as_long_as_its_stream_stands(redis: Redis) -> None:
+async def test_a_key_and_a_chat_are_remembered_as_long_as_their_stream_stands(redis: Redis) -> None:
     log = make_log(redis, live_ms=10_000, retention_ms=40_000)
-    await log.create(REQUEST, idempotency_key="k", digest="d")
+    await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")
     born = await key_seconds(redis)
     [claim] = await make_claims(redis, live_ms=20_000).claim(1)
     begun = await key_seconds(redis)
@@ -225,9 +227,30 @@ async def test_a_key_is_remembered_as_long_as_its_stream_stands(redis: Redis) ->
 
 async def test_the_key_of_what_no_worker_ended_is_remembered_as_long(redis: Redis) -> None:
     log = make_log(redis, live_ms=10_000, retention_ms=40_000)
-    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
+    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")).stream_id
     await log.cancel(stream_id)
     assert await key_seconds(redis) == 40
+
+
+async def test_a_chat_leads_to_its_newest_stream_whatever_becomes_of_older_ones(
+    redis: Redis,
+) -> None:
+    log = make_log(redis, live_ms=40_000, retention_ms=10_000)
+    old, older, new = [(await log.create(REQUEST, chat="c")).stream_id for _ in range(3)]
+    await log.cancel(old)
+    await log.erase(older)
+    assert await log.newest_of("c") == new
+    assert await redis.pttl(keys.chat("c")) > 30_000
+    await log.erase(new)
+    assert await log.newest_of("c") is None
+
+
+async def test_what_is_not_created_leads_nowhere(redis: Redis) -> None:
+    log = make_log(redis, queue_limit=1)
+    first = await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")
+    with pytest.raises(QueueFull):
+        await log.create(REQUEST, chat="c")
+    assert await log.newest_of("c") == first.stream_id
 
 
 # Append and read.
@@ -511,7 +534,7 @@ OF_NO_STREAM = {keys.WAKE, keys.SWEPT, keys.ENDED}
 
 @pytest.mark.parametrize("age", ["queued", "running", "ended"])
 async def test_an_erased_stream_leaves_no_trace(redis: Redis, log: Log, age: str) -> None:
-    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d")).stream_id
+    stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")).stream_id
     await log.report_viewers("api", {stream_id: 1}, 1.0)
     if age != "queued":
         await append(log, await claim_one(redis), 0, BEGIN + (END if age == "ended" else []))

@@ -609,6 +609,8 @@ async def test_whom_a_draining_process_refuses_is_told_when_to_ask_again(
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 COMPLETION = {"model": "demo", **HELLO}
 RESPONSE = {"model": "demo", "input": "Hello"}
+SAID = {"id": "m", "role": "user", "parts": [{"type": "text", "text": "Hello"}]}
+CHAT = {"id": "c", "messages": [SAID]}
 
 
 async def asked_while_draining(
@@ -631,6 +633,7 @@ async def asked_while_draining(
         ("/v1/chat/completions", COMPLETION, "*/*"),
         ("/v1/chat/completions", {**COMPLETION, "stream": True}, "*/*"),
         ("/v1/responses", RESPONSE, "*/*"),
+        ("/api/chat", CHAT, "*/*"),
     ],
 )
 async def test_a_draining_process_has_no_answer_made_that_it_could_not_give(

@@ -13,12 +13,14 @@ local function now_ms()
   return math.floor(now_exact_ms())
 end
 
--- The stream's Idempotency-Key stands as long: one that went first would let the same request begin
--- another stream.
-local function keep(ttl_ms, log, state, ...)
+-- What leads to the stream stands as long: without its Idempotency-Key the same request would begin
+-- another one, and without that of its chat nobody could resume or stop it there.
+local function keep(id, ttl_ms, log, state, ...)
   for _, key in ipairs({ log, state, ... }) do redis.call('PEXPIRE', key, ttl_ms) end
-  local idempotency = redis.call('HGET', state, 'idempotency')
-  if idempotency then redis.call('PEXPIRE', idempotency, ttl_ms) end
+  local leads = redis.call('HMGET', state, 'idempotency', 'chat')
+  if leads[1] then redis.call('PEXPIRE', leads[1], ttl_ms) end
+  -- A younger stream of the chat may have taken its place.
+  if leads[2] and redis.call('GET', leads[2]) == id then redis.call('PEXPIRE', leads[2], ttl_ms) end
 end
 
 -- The fencing number: above the last, and not below the stream's age in tenths of a second. Redis
@@ -63,7 +65,7 @@ local function close_unowned(id, log, state, channel, leases, job, webhooks, end
   redis.call('HDEL', state, 'owner', 'cancel')
   append(log, state, channel, next_attempt(state), 0, { kind, data })
   close(id, state, leases, job, webhooks, ended, kind)
-  keep(retention_ms, log, state)
+  keep(id, retention_ms, log, state)
 end
 
 local function enqueue(queue, wake, id, score, room)

@@ -33,7 +33,7 @@ local function append_for(at)
   if ending ~= '' then
     local job = string.format(job_of, id)
     close(id, state, leases, job, webhooks, ended, ending)
-    keep(retention_ms, log, state)
+    keep(id, retention_ms, log, state)
   end
   return { 'ok', first + count, cancel }
 end

@@ -25,7 +25,7 @@ while #claims < tonumber(want) and bytes < tonumber(most_bytes) do
     local ordinal = redis.call('HINCRBY', state, 'claims', 1)
     redis.call('HINCRBY', state, 'tries', 1)
     redis.call('ZADD', leases, now + lease_ms, id)
-    keep(live_ms, string.format(log_of, id), state, job)
+    keep(id, live_ms, string.format(log_of, id), state, job)
     bytes = bytes + #request
     claims[#claims + 1] = { id, attempt, ordinal, request, job_data }
   end

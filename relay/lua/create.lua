@@ -1,10 +1,10 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
--- KEYS: log, state, channel, job, queue, wake, idempotency
+-- KEYS: log, state, channel, job, queue, wake, idempotency, chat
 -- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, state key pattern,
---       recovery, webhook or ''
+--       recovery, webhook or '', id of the chat or ''
 -- Returns {'created', id, subscribers of its channel} | {'repeated', id} | {'conflict'} | {'full'}
-local log, state, channel, job, queue, wake, idempotency = unpack(KEYS)
-local id, request, job_data, live_ms, queue_limit, key, digest, state_of, recovery, webhook =
+local log, state, channel, job, queue, wake, idempotency, chat = unpack(KEYS)
+local id, request, job_data, live_ms, queue_limit, key, digest, state_of, recovery, webhook, chat_id =
   unpack(ARGV)
 
 if key ~= '' then
@@ -27,6 +27,10 @@ if key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'digest', digest)
   redis.call('HSET', state, 'idempotency', idempotency)
 end
-keep(live_ms, log, state)
+if chat_id ~= '' then
+  redis.call('SET', chat, id)
+  redis.call('HSET', state, 'chat', chat)
+end
+keep(id, live_ms, log, state)
 enqueue(queue, wake, id, now_exact_ms(), queue_limit)
 return { 'created', id, redis.call('PUBSUB', 'NUMSUB', channel)[2] }

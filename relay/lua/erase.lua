@@ -5,9 +5,10 @@
 local log, state, viewers, leases, job, queue, webhooks = unpack(KEYS)
 local id, control = unpack(ARGV)
 
--- Its Idempotency-Key may lead to a younger stream by now.
-local idempotency = redis.call('HGET', state, 'idempotency')
+-- Its Idempotency-Key and its chat may lead to a younger stream by now.
+local idempotency, chat = unpack(redis.call('HMGET', state, 'idempotency', 'chat'))
 if idempotency and redis.call('HGET', idempotency, 'id') == id then redis.call('DEL', idempotency) end
+if chat and redis.call('GET', chat) == id then redis.call('DEL', chat) end
 local there = redis.call('DEL', log, state)
 redis.call('DEL', viewers, job)
 redis.call('ZREM', leases, id)

@@ -15,7 +15,7 @@ for i = 6, #ARGV, 2 do
     verdicts[#verdicts + 1] = 'lost'
   else
     -- Before the lease: a full memory must not cost the worker its jobs.
-    keep(live_ms, string.format(log_of, id), state, string.format(job_of, id))
+    keep(id, live_ms, string.format(log_of, id), state, string.format(job_of, id))
     redis.call('ZADD', leases, now + lease_ms, id)
     verdicts[#verdicts + 1] = s[3] and 'cancel' or 'held'
   end
