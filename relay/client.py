@@ -13,7 +13,7 @@ from typing import Any, Self
 import httpx2
 
 from relay.errors import ConfigurationError, RelayError
-from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, join_text
+from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, Halves
 
 SILENCE_SECONDS = 45.0
 """Three heartbeats: a connection that is silent for longer is dead."""
@@ -47,7 +47,8 @@ class Corrupt(RelayError):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One event as a watcher needs it. `started` means: clear what you have."""
+    """One event as a watcher needs it. `started` means: clear what you have. `text` can be printed:
+    half an emoji comes with its other half."""
 
     kind: str
     text: str
@@ -115,8 +116,7 @@ class Client:
                     if not event.data:
                         continue
                     cursor = event.id or cursor
-                    update = _update(event)
-                    taken.add(update)
+                    update = taken.update(event)
                     yield update
                     if update.kind in TERMINAL:
                         return
@@ -169,29 +169,31 @@ class Client:
         return failures + 1
 
 
-def _update(event: httpx2.ServerSentEvent) -> Update:
-    data: Any = event.json()
-    return Update(event.event, str(data.get("text") or ""), data)
-
-
 class _Taken:
     """What came since the newest `started`, to be held against what the end says of it."""
 
     def __init__(self) -> None:
-        self.chunks = 0
-        self.texts = [""]
+        self._begin()
 
-    def add(self, update: Update) -> None:
+    def _begin(self) -> None:
+        self._chunks = 0
+        self._hash = hashlib.sha256()
+        self._halves = Halves()
+
+    def update(self, event: httpx2.ServerSentEvent) -> Update:
         """Raises Corrupt with the end of an answer that is not what was sent."""
-        if update.kind == STARTED:
-            self.chunks, self.texts = 0, [""]
-        self.chunks += update.kind == CHUNK
-        self.texts.append(update.text)
-        if update.kind == COMPLETED:
-            digest = hashlib.sha256(join_text(self.texts).encode()).hexdigest()
-            said = (update.data.get("chunks", self.chunks), update.data.get("sha256", digest))
-            if said != (self.chunks, digest):
+        kind = event.event
+        data: Any = event.json()
+        if kind == STARTED:
+            self._begin()
+        text = self._halves.whole(str(data.get("text") or ""), last=kind in TERMINAL)
+        self._chunks += kind == CHUNK
+        self._hash.update(text.encode())
+        if kind == COMPLETED:
+            taken = (self._chunks, self._hash.hexdigest())
+            if (data.get("chunks", taken[0]), data.get("sha256", taken[1])) != taken:
                 raise Corrupt("The answer arrived damaged: watch it again from its beginning.")
+        return Update(kind, text, data)
 
 
 def _refused(response: httpx2.Response) -> Refused:

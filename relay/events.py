@@ -139,6 +139,18 @@ def join_text(parts: list[str]) -> str:
     return text
 
 
+class Halves:
+    """Pieces of a text as UTF-8 can carry them: half an emoji waits for its other half."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def whole(self, piece: str, *, last: bool) -> str:
+        text = self._half + piece
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not last else ""
+        return join_text([text.removesuffix(self._half)])
+
+
 def decode_batch(message: bytes) -> list[Event]:
     """What the channel carries for one append (lua/append.lua): the first id, then a line for each
     entry, its kind and its data."""

@@ -191,6 +191,7 @@ def test_a_split_emoji_is_no_damage() -> None:
     halves = [event(f"1-{n}", "chunk", text=half) for n, half in enumerate("\ud83d\ude00", 1)]
     updates, _ = watched(stream(STARTED, *halves, completed("1-3", "😀")))
     assert updates[-1].kind == "completed"
+    assert [update.text for update in updates] == ["", "", "😀", ""]
 
 
 @pytest.mark.parametrize("kind", ["failed", "cancelled"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from relay.events import STARTED, Event, join_text, text_of
+from relay.events import STARTED, Event, Halves, text_of
 
 MEDIA_TYPE = "text/plain"
 
@@ -12,12 +12,10 @@ def encoder() -> Callable[[Event], bytes]:
 
 
 class _Encoder:
-    """UTF-8 cannot carry half an emoji: that of one chunk waits for that of the next."""
-
     def __init__(self) -> None:
-        self._half = ""
+        self._halves = Halves()
 
     def __call__(self, event: Event) -> bytes:
-        text = "" if event.kind == STARTED else self._half + text_of(event)
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not event.terminal else ""
-        return join_text([text.removesuffix(self._half)]).encode()
+        if event.kind == STARTED:
+            self._halves = Halves()
+        return self._halves.whole(text_of(event), last=event.terminal).encode()
