@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Header
 from fastapi.exceptions import RequestValidationError
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from api.chat_request import Asked
@@ -51,9 +50,6 @@ class Asking:
     ) -> Created:
         """A stream with its job in the queue. `also`: what else makes two requests differ under the
         same Idempotency-Key. Raises as Log.create does, and BadRequest."""
-        if self.parts.hub.redis_away:
-            # At once: a Redis that hangs would cost each caller a time limit.
-            raise RedisConnectionError("Redis is away")
         request, digest = asked.to_stored(*also, webhook=self.webhook)
         created = await self.parts.log.create(
             request,

@@ -58,8 +58,6 @@ def _here(parts: Parts) -> Iterator[_Fact]:
 
 
 async def _load(parts: Parts) -> Load | None:
-    if parts.hub.redis_away:
-        return None  # Without waiting to find out again.
     try:
         return await parts.log.load()
     except RedisError:

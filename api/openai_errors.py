@@ -40,13 +40,13 @@ class OpenAIError(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": OpenAIError, "description": "The request, or the prompt, is refused"},
-    404: {"model": OpenAIError, "description": "There is no such model"},
-    409: {
+    400: {
         "model": OpenAIError,
-        "description": "The Idempotency-Key came with another body before, or the answer was "
-        "cancelled before its first text",
+        "description": "The request, or the prompt, is refused, or the answer was cancelled before "
+        "its first text",
     },
+    404: {"model": OpenAIError, "description": "There is no such model"},
+    409: {"model": OpenAIError, "description": "The Idempotency-Key came with another body before"},
     413: {"model": OpenAIError, "description": "The body is too large"},
     429: {"model": OpenAIError, "description": "The model service is at its limit"},
     500: {"model": OpenAIError, "description": "Something went wrong here"},

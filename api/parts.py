@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, TypedDict
 
 from fastapi import Depends, Request
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.hub import Hub, Watching
 from api.presence import Presence
@@ -40,7 +41,7 @@ class Parts:
     ) -> None:
         self.settings = settings
         self.webhooks = webhooks
-        self.log = log
+        self._log = log
         self.hub = hub
         self.presence = presence
         self.model = model
@@ -49,6 +50,14 @@ class Parts:
             "write_seconds": settings.write_seconds,
             "drain_seconds": settings.drain_seconds,
         }
+
+    @property
+    def log(self) -> Log:
+        """Raises RedisError where Redis is known to be away: one that hangs would cost each caller
+        a time limit."""
+        if self.hub.redis_away:
+            raise RedisConnectionError("Redis is away")
+        return self._log
 
     async def cancel(self, stream_id: str) -> str:
         """As `Log.cancel`, and the operator's log says that it was asked for."""

@@ -171,7 +171,8 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     descriptions = {
         400: "Bad JSON or a malformed cursor",
         404: "No stream was ever created with this id",
-        409: "The Idempotency-Key came with another body before",
+        409: "The Idempotency-Key came with another body before, or the answer was cancelled "
+        "before its first text",
         410: "Erased, expired or lost",
         413: "The body is over the limit",
         415: "The body is not announced as JSON",

@@ -124,6 +124,11 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     404: {**RESPONSES[404], "description": "There is no such model or response, or no more"},
 }
 
+_OF_ONE: dict[int | str, dict[str, Any]] = {
+    200: _ANSWERS[200],
+    **{status: _ANSWERS[status] for status in (400, 404, 500, 503)},
+}
+
 
 @router.post("", summary="OpenAI's responses", response_class=Response, responses=_ANSWERS)
 async def create(request: Request, body: ResponsesRequest, asking: AskingOfRequest) -> Response:
@@ -156,7 +161,7 @@ class Retrieval(BaseModel):
 
 
 @router.get(
-    "/{response_id}", summary="Look at a response", response_class=Response, responses=_ANSWERS
+    "/{response_id}", summary="Look at a response", response_class=Response, responses=_OF_ONE
 )
 async def retrieve(
     stream_id: StreamId,
@@ -177,7 +182,7 @@ async def retrieve(
     "/{response_id}/cancel",
     summary="Cancel a response",
     response_class=Response,
-    responses=_ANSWERS,
+    responses=_OF_ONE,
 )
 async def cancel(
     request: Request, stream_id: StreamId, parts: PartsOfApp, watching: WhileResponding

@@ -88,7 +88,7 @@ _STREAMED: dict[str, Any] = {
             "answer, unless X-On-Disconnect asks for it.",
             "content": _STREAMED,
         },
-        **responses(400, 409, 413, 415, 422, 502, 503),
+        **responses(400, 409, 410, 413, 415, 422, 502, 503),
     },
 )
 async def chat(
@@ -203,7 +203,7 @@ async def _lane(watching: Watching, stream_id: str, place: multiplexed.Place) ->
     responses={
         200: {"description": "The events after the cursor, then live.", "content": _STREAMED},
         204: {"description": "The cursor is at the terminal event: you have it all."},
-        **responses(400, 404, 410, 502, 503),
+        **responses(400, 404, 409, 410, 502, 503),
     },
 )
 async def events(

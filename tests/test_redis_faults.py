@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 
 from cli.redis_server import find_redis_server
 from emulator.app import Emulator
-from relay.connection import connect
+from relay.connection import ANSWER_SECONDS, connect
+from relay.ids import new_stream_id
 from relay.settings import Settings
 from tests.conftest import (
     ask,
@@ -134,6 +135,26 @@ async def test_without_redis_a_request_is_refused_at_once_and_soon_after_it_is_b
             assert time.monotonic() - begun < 2
         await until(lambda: accepted(http), seconds=2)
         assert (await http.get("/readyz")).status_code == 200
+
+
+async def test_while_redis_hangs_nobody_waits_to_be_told_that_it_does(
+    server: RedisProcess, settings: Settings
+) -> None:
+    stream, response = f"/streams/{new_stream_id()}", f"/v1/responses/resp_{new_stream_id()}"
+    asked = [(method, path) for path in (stream, response) for method in ("GET", "DELETE")]
+    asked += [("POST", f"{stream}/cancel"), ("POST", f"{response}/cancel")]
+    asked += [("GET", "/api/chat/c/stream"), ("POST", "/api/chat/c/stop")]
+    async with running_api(settings) as http, frozen(server):
+
+        async def found_out() -> bool:
+            return "relay_redis_up 0.0" in (await http.get("/metrics")).text
+
+        await until(found_out)
+        begun = time.monotonic()
+        for method, path in asked:
+            assert (await http.request(method, path)).status_code == 503, path
+        # Of one request it would be the time limit to Redis.
+        assert time.monotonic() - begun < ANSWER_SECONDS
 
 
 async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again(
