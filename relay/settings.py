@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
+    HttpUrl,
     SecretStr,
     ValidationError,
     field_validator,
@@ -37,6 +39,9 @@ there, is 0.71 like RELAY_HOST."""
 
 # As browsers send it, in small letters, for it is compared as it stands.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
+
+# What is shown beside a deployment to be copied is the address of one kind of request.
+_TOO_MUCH = re.compile(r"^//|/deployments/|/completions/?$|/responses/?$")
 
 logger = get_logger("settings")
 
@@ -68,7 +73,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", validation_alias="RELAY_HOST")
     port: int = Field(8000, ge=0, le=65535, validation_alias="RELAY_PORT")
     workers: int = Field(1, ge=1, validation_alias="RELAY_WORKERS")
-    data: Path = Field(Path(".relay"), validation_alias="RELAY_DATA")
+    data: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        Path(".relay"), validation_alias="RELAY_DATA"
+    )
     redis_server: str | None = Field(None, validation_alias="RELAY_REDIS_SERVER")
     log_format: Literal["text", "json"] = Field("text", validation_alias="RELAY_LOG_FORMAT")
     cors_origins: str = Field("", validation_alias="RELAY_CORS_ORIGINS")
@@ -132,6 +139,16 @@ class Settings(BaseSettings):
             ) from None
         return url
 
+    @field_validator("azure_key", "openai_key")
+    @classmethod
+    def _key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = key.get_secret_value() if key else ""
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError(
+                "must be the key alone, without typographic quotes, accents or line breaks"
+            )
+        return key
+
     @field_validator("cors_origins")
     @classmethod
     def _cors_origins(cls, origins: str) -> str:
@@ -194,6 +211,10 @@ class Settings(BaseSettings):
         endpoint = _url(
             "AZURE_OPENAI_ENDPOINT", self.azure_endpoint, "https://NAME.openai.azure.com"
         )
+        if urlsplit(endpoint).path.rstrip("/").endswith("/openai"):
+            raise ConfigurationError(
+                "AZURE_OPENAI_ENDPOINT must end before /openai, or with /openai/v1/."
+            )
         deployment = _required("AZURE_OPENAI_CHATGPT_DEPLOYMENT", self.azure_deployment)
         if self.azure_key is None and not self.azure_entra:
             raise ConfigurationError(
@@ -285,9 +306,11 @@ def _required(variable: str, value: str | None) -> str:
 def _url(variable: str, value: str | None, example: str) -> str:
     url = _required(variable, value)
     try:
-        parts = urlsplit(url)
-    except ValueError:
-        parts = urlsplit("")
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigurationError(f"{variable} must be a URL such as {example}.")
+        parts = HttpUrl(url)
+    except ValidationError:
+        raise ConfigurationError(f"{variable} must be a URL such as {example}.") from None
+    if parts.query or parts.fragment or _TOO_MUCH.search(parts.path or ""):
+        raise ConfigurationError(
+            f"{variable} must end before the path of a request, as {example} does."
+        )
     return url

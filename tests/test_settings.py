@@ -140,7 +140,23 @@ def test_half_a_configuration_names_the_variable_to_set(
     ("variable", "rest"), [("AZURE_OPENAI_ENDPOINT", AZURE), ("OPENAI_BASE_URL", OPENAI)]
 )
 @pytest.mark.parametrize(
-    "url", ["name.openai.azure.com", "ftp://x", "https://", "//x", "https://[x", "https://x]/"]
+    "url",
+    [
+        "name.openai.azure.com",
+        "ftp://x",
+        "https://",
+        "//x",
+        "https://[x",
+        "https://x]/",
+        "http://127.0.0.1:abc",
+        "http://127.0.0.1:99999",
+        "https://my resource.openai.azure.com",
+        "https://https://x",
+        "https://x/openai/deployments/gpt/chat/completions?api-version=2024-10-21",
+        "https://x/openai/v1/chat/completions",
+        "https://x/?api-version=2024-10-21",
+        "https://x/#y",
+    ],
 )
 def test_an_upstream_url_that_is_none_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str, rest: dict[str, str], url: str
@@ -148,6 +164,39 @@ def test_an_upstream_url_that_is_none_names_the_variable(
     settings = load(monkeypatch, rest | {variable: url})
     with pytest.raises(ConfigurationError, match=variable):
         _ = settings.upstream
+
+
+def test_the_paths_of_the_sdk_are_no_part_of_an_azure_endpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = load(monkeypatch, AZURE | {"AZURE_OPENAI_ENDPOINT": v1("/openai/")})
+    with pytest.raises(ConfigurationError, match="AZURE_OPENAI_ENDPOINT must end before /openai"):
+        _ = settings.upstream
+
+
+@pytest.mark.parametrize(
+    "url", ["https://u:p@h_1:8443/v1", "https://x/v1beta/openai/", "http://[::1]:1/v1"]
+)
+def test_an_upstream_url_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    upstream = load(monkeypatch, OPENAI | {"OPENAI_BASE_URL": url}).upstream
+    assert upstream is not None
+    assert upstream.base_url == url
+
+
+@pytest.mark.parametrize(
+    ("variable", "rest"), [("AZURE_OPENAI_KEY", AZURE), ("OPENAI_API_KEY", OPENAI)]
+)
+@pytest.mark.parametrize("key", ["“demo”", "dé", "demo\n"])
+def test_a_key_that_no_header_can_carry_is_told_at_the_start_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, variable: str, rest: dict[str, str], key: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{variable}: must be the key alone") as raised:
+        load(monkeypatch, rest | {variable: key})
+    assert key not in str(raised.value)
+
+
+def test_the_data_may_be_kept_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, {"RELAY_DATA": "~/x"}).data == Path.home() / "x"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def health_key() -> str:
 
 
 async def is_healthy(settings: Settings) -> bool:
-    """Whether a worker on this host has reported within the last half minute; False without Redis."""
+    """Whether a worker on this host has reported within half a minute; False without Redis."""
     try:
         async with connect(settings.redis_url, connections=1) as redis:
             return bool(await redis.exists(health_key()))
