@@ -49,14 +49,14 @@ lock: $(VENV)/installed-dev ## pin the requirements anew
 clean: ## remove the environment and the data of make up
 	rm -rf $(VENV) .relay
 
-# Without ensurepip venv fails after it has made bin/python, by which the next make would take it
-# for whole.
+# Made anew also where its Python is gone, as after an upgrade. Where venv fails it may have made
+# bin/python, by which the next make would take it for whole.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'chat-relay needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || \
-	  { rm -rf $(VENV); \
-	    echo 'This Python cannot make an environment: apt-get install python3-venv'; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo 'This Python cannot make an environment: apt-get install python3-venv'; exit 2; }
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV) 2>/dev/null; exit 2; }
 
 # The last stamp wins: each set of requirements holds the one before it.
 $(VENV)/installed: requirements/run.txt pyproject.toml | $(VENV)/bin/python
