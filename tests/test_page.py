@@ -225,6 +225,19 @@ async def test_a_question_that_cannot_be_sent_stays_in_its_field(
     await expect(page.get_by_role("alert")).to_be_empty()
 
 
+async def test_a_question_typed_before_the_page_is_whole_is_not_lost(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    held = await hold(page, "**/page.js")
+    await page.goto(address(stack), wait_until="commit")
+    await type_question(page, prompt(text=["Hello"]))
+    button = page.get_by_role("button", name="Ask")
+    await expect(button).to_be_disabled()
+    await (await held.get()).continue_()
+    await button.click()
+    await shows_exactly(page, "Hello")
+
+
 async def test_a_reload_midway_goes_on_and_ends_with_the_text_of_the_log(
     stack: httpx2.AsyncClient, page: Page, emulator: Emulator
 ) -> None:
@@ -399,6 +412,20 @@ async def test_a_server_that_is_away_for_a_while_is_asked_again(
     await expect(status_on(page)).to_have_text("Connection lost, coming back …")
     await shows_exactly(page, "At last")
     await expect(status_on(page)).to_have_text("Complete.")
+
+
+async def test_that_the_server_cannot_be_reached_is_said_no_longer_when_it_is_back(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    stream_id = await ask(stack, text=["At last"])
+    for pattern in ("**/events", "**/cancel"):
+        await page.route(pattern, lambda route: route.abort())
+    await page.goto(address(stack, stream_id))
+    await stop_on(page).click()
+    await expect(page.get_by_role("alert")).to_have_text("The server cannot be reached: try again.")
+    await page.unroute("**/events")
+    await shows_exactly(page, "At last")
+    await expect(page.get_by_role("alert")).to_be_empty()
 
 
 async def test_a_new_attempt_clears_what_the_one_before_it_said(

@@ -54,6 +54,7 @@ cancel.addEventListener("click", async () => {
 
 addEventListener("hashchange", show);
 show();
+send.disabled = false; // Without this script it would reload the page, and the question be lost.
 
 function show() {
   watching.abort();
@@ -76,7 +77,10 @@ function follow(id, signal) {
     signal,
     onText: grow,
     onReset: () => (answer.textContent = ""),
-    onOpen: () => say(doing, "live"),
+    onOpen: () => {
+      problem.textContent = ""; // That the server could not be reached is no longer so.
+      say(doing, "live");
+    },
     onLost: () => say("Connection lost, coming back …", "live"),
     onComment: (text) => say(`${text} …`, "live"),
     onEvent: ({ event, data }) => {
