@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from api.line import EXTENSION, Line
 from api.parts import Parts
+from api.problems import RETRY_SECONDS
 from api.upgrade import NoUpgrade
 from relay.settings import Settings
 
@@ -35,7 +36,9 @@ KEEPALIVE_SECONDS = 30
 """Of silence until the kernel asks whether the peer still lives, three times 10 s apart."""
 SEND_BYTES = 256 * 1024
 """Of what a peer does not take, the kernel would hold some 4 MB; Linux makes twice this of it."""
-TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_BARE = b"connection: close\r\ncontent-length: 0\r\n\r\n"
+TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\n" + _BARE
+SENT_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: %d\r\n" % RETRY_SECONDS + _BARE
 
 
 class Server(uvicorn.Server):
@@ -44,9 +47,11 @@ class Server(uvicorn.Server):
         parts = _parts(self.config)
         parts.hub.drain()
         await self._stay(parts.settings.drain_seconds)
-        if self.force_exit:
-            for connection in list(self.server_state.connections):
+        for connection in list(self.server_state.connections):
+            if self.force_exit:
                 connection.transport.abort()
+            elif isinstance(connection, Bounded):
+                connection.take_no_more()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -144,12 +149,21 @@ class Bounded(HttpToolsProtocol):
         if self.pipeline:
             # It could not: nothing is read while an earlier request has its response.
             self._expect_within(seconds)
-            return
+        else:
+            self._refuse(TIMED_OUT)
+
+    def take_no_more(self) -> None:
+        """A body that is still on its way had better go elsewhere; uvicorn would wait for it, and
+        say that something went wrong here."""
+        if self._deadline is not None and not self._in_head and not self.pipeline:
+            self._refuse(SENT_AWAY)
+
+    def _refuse(self, answer: bytes) -> None:
         under_way = not self._in_head and self.cycle.response_started
         if under_way or self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
-            self.transport.write(TIMED_OUT)
+            self.transport.write(answer)
             self.transport.close()
 
 

@@ -759,6 +759,26 @@ async def test_a_second_signal_ends_at_once(
             await process.wait()
 
 
+@pytest.mark.parametrize("path", ["/chat", "/v1/responses"])
+async def test_an_upload_that_outlasts_the_drain_is_sent_elsewhere_and_is_no_error(
+    redis: Redis, redis_server: RedisServer, path: str
+) -> None:
+    async with (
+        api_process(redis_server) as (process, port),
+        connected(port) as (reader, writer),
+        asyncio.timeout(20),
+    ):
+        writer.write(post(b"{" + b" " * 500 + b"}").replace(b"/chat", path.encode(), 1)[:-100])
+        await until(lambda: answers(port, b"HTTP/1.1 200"))
+        process.send_signal(signal.SIGTERM)
+        said = await reader.read()
+        _, written = await process.communicate()
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 2\r\n" in said
+    assert b"level=error" not in written
+    assert b"Traceback" not in written
+
+
 async def test_ctrl_c_ends_it_in_good_order_and_without_a_traceback(
     redis: Redis, redis_server: RedisServer
 ) -> None:
