@@ -803,13 +803,20 @@ def test_entra_without_the_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch
 Provide = Callable[[object, str], Callable[[], Awaitable[str]]]
 
 
+class Credential:
+    closed = 0
+
+    async def close(self) -> None:
+        Credential.closed += 1
+
+
 @pytest.fixture
 def provide(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provide], None]:
     """Puts a library for Entra ID in place, which gives tokens by this function."""
 
     def put(provider: Provide) -> None:
         identity: Any = ModuleType("azure.identity.aio")
-        identity.DefaultAzureCredential = object
+        identity.DefaultAzureCredential = Credential
         identity.get_bearer_token_provider = provider
         for name in ("azure", "azure.identity"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -836,9 +843,11 @@ async def test_entra_sends_a_token_of_its_scope_and_no_key(
         return token
 
     provide(provider)
+    closed = Credential.closed
     async with azure(emulator_url + path, **ENTRA) as upstream:
         assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
         assert text_of(await chunks_of(upstream, chunks=1)) == "0 "
+    assert Credential.closed == closed + 1
     sent = [record.headers["authorization"] for record in emulator.requests]
     assert sent == ["Bearer token-1-for-ours", "Bearer token-2-for-ours"]
     assert not any("api-key" in record.headers for record in emulator.requests)

@@ -6,6 +6,7 @@ processes spend on beginning an answer, the second nearly all of what a chunk co
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,7 +40,9 @@ class Endpoint:
             own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
         self._client = _client(own, settings)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
-        self._token = _token_provider(upstream)
+        self._open = AsyncExitStack()
+        self._open.push_async_callback(self._client.aclose)
+        self._token = _token_provider(upstream, self._open)
         sdk = _sdk(upstream, self._token, self._client)
         known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
         self._headers = httpx2.Headers({k: v for k, v in known.items() if isinstance(v, str)})
@@ -64,7 +67,7 @@ class Endpoint:
         return await self._send(request)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._open.aclose()
 
 
 async def _signed_in(token: Token) -> str:
@@ -115,7 +118,7 @@ def _sdk(
     return AsyncOpenAI(base_url=upstream.base_url, api_key=token or key, http_client=client)
 
 
-def _token_provider(upstream: UpstreamSettings) -> Token | None:
+def _token_provider(upstream: UpstreamSettings, open_: AsyncExitStack) -> Token | None:
     if upstream.entra_scope is None:
         return None
     try:
@@ -127,6 +130,8 @@ def _token_provider(upstream: UpstreamSettings) -> Token | None:
         raise ConfigurationError(
             "AZURE_OPENAI_ENTRA needs the extra: .venv/bin/pip install -e '.[entra]'."
         ) from None
-    provider: Any = get_bearer_token_provider(DefaultAzureCredential(), upstream.entra_scope)
+    credential = DefaultAzureCredential()
+    open_.push_async_callback(credential.close)
+    provider: Any = get_bearer_token_provider(credential, upstream.entra_scope)
     token: Token = provider
     return token
