@@ -5,7 +5,8 @@ import os
 import secrets
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -102,15 +103,12 @@ def create_app(settings: Settings) -> FastAPI:
     webhooks, upstream = settings.webhooks, settings.upstream
     model = upstream.model if upstream else ANY_MODEL
 
-    def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
-        return _running(app, settings, webhooks, model)
-
     app = _Api(
         title="chat-relay",
         version=VERSION,
         description=DESCRIPTION,
         webhooks=webhook.router,
-        lifespan=lifespan,
+        lifespan=partial(_running, settings=settings, webhooks=webhooks, model=model),
         # They would lead to what Host says, and from https to http.
         redirect_slashes=False,
     )

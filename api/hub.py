@@ -74,6 +74,12 @@ class Hub:
         """Whether Redis is known not to answer: then nobody need wait to find that out."""
         return self._listener.away
 
+    def demand_redis(self) -> None:
+        """Raises RedisError where Redis is known not to answer: one that hangs would cost whoever
+        asks it a time limit."""
+        if self.redis_away:
+            raise RedisConnectionError("Redis is away")
+
     def viewers(self) -> dict[str, int]:
         """stream_id -> how many viewers it has in this process."""
         viewers: Counter[str] = Counter()
@@ -88,9 +94,8 @@ class Hub:
         Raises StreamGone; RedisError if the log cannot be read now.
         """
         feed = self._finished.get(stream_id) or self._feeds.get(stream_id)
-        if feed is None and self.redis_away:
-            raise RedisConnectionError("Redis is away")  # Without waiting to find out again.
         if feed is None:
+            self.demand_redis()
             feed = self._feeds[stream_id] = Feed(stream_id)
             self._beginning[feed] = self._start(self._read_first(feed))
         self._count_in(feed)

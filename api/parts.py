@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated, TypedDict
 
 from fastapi import Depends, Request
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.hub import Hub, Watching
 from api.presence import Presence
@@ -53,10 +52,8 @@ class Parts:
 
     @property
     def log(self) -> Log:
-        """Raises RedisError where Redis is known to be away: one that hangs would cost each caller
-        a time limit."""
-        if self.hub.redis_away:
-            raise RedisConnectionError("Redis is away")
+        """Raises as Hub.demand_redis does."""
+        self.hub.demand_redis()
         return self._log
 
     async def cancel(self, stream_id: str) -> str:

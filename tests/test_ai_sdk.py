@@ -152,7 +152,7 @@ async def test_to_stop_is_idempotent_and_harmless_where_there_is_nothing(
 
 
 async def test_what_leads_from_a_chat_to_its_stream_goes_when_the_stream_does(
-    stack: httpx2.AsyncClient, settings: Settings, redis: Redis
+    stack: httpx2.AsyncClient, redis: Redis
 ) -> None:
     response = await stack.post("/api/chat", json=chatting(chunks=1))
     left = [

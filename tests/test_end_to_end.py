@@ -13,7 +13,6 @@ import pytest
 from redis.asyncio import Redis
 
 from emulator.app import Emulator
-from emulator.script import prompt
 from relay.settings import MIB, Settings
 from tests.conftest import (
     ask,
@@ -25,6 +24,7 @@ from tests.conftest import (
     until,
     watch,
 )
+from tests.test_ai_sdk import chatting
 
 FIFTY = "".join(f"{n} " for n in range(50))
 
@@ -330,10 +330,8 @@ async def test_closing_the_tab_cancels_only_where_the_request_asked_for_it(
 async def test_an_operator_is_told_that_an_end_was_asked_for_in_whatever_way(
     stack: httpx2.AsyncClient, cancel: str, caplog: Any
 ) -> None:
-    said = prompt(chunks=1, end="stall")
-    message = {"id": "m", "role": "user", "parts": [{"type": "text", "text": said}]}
     headers = {"x-on-disconnect": "continue" if cancel else "cancel"}
-    body = {"id": "c", "messages": [message]}
+    body = chatting("c", chunks=1, end="stall")
     async with stack.stream("POST", "/api/chat", json=body, headers=headers) as response:
         stream_id = response.headers["x-stream-id"]
         if cancel:

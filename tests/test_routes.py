@@ -590,26 +590,27 @@ async def test_the_page_is_served(api: httpx2.AsyncClient) -> None:
     assert (await api.get("/page.js")).headers["content-type"].startswith("text/javascript")
 
 
+async def viewers(api: httpx2.AsyncClient, stream_id: str) -> int:
+    return int((await api.get(f"/streams/{stream_id}")).json()["viewers"])
+
+
+async def counted(api: httpx2.AsyncClient, stream_id: str, expected: int) -> None:
+    async def so_many() -> bool:
+        return await viewers(api, stream_id) == expected
+
+    await until(so_many)
+
+
 async def test_how_many_watch_is_told_by_every_process(settings: Settings, redis: Redis) -> None:
     async with running_api(settings) as one, running_api(settings) as two:
         stream_id = await ask(one)
-
-        async def viewers(api: httpx2.AsyncClient) -> int:
-            return int((await api.get(f"/streams/{stream_id}")).json()["viewers"])
-
-        async def counted(api: httpx2.AsyncClient, expected: int) -> None:
-            async def so_many() -> bool:
-                return await viewers(api) == expected
-
-            await until(so_many)
-
         async with one.sse(f"/streams/{stream_id}/events") as source:
             events = aiter(source)
             await anext(events)
-            await counted(one, 1)
-            await counted(two, 1)
-        await counted(one, 0)
-        await counted(two, 0)
+            await counted(one, stream_id, 1)
+            await counted(two, stream_id, 1)
+        await counted(one, stream_id, 0)
+        await counted(two, stream_id, 0)
 
 
 async def test_a_process_that_ends_in_good_order_counts_no_longer(
@@ -617,19 +618,12 @@ async def test_a_process_that_ends_in_good_order_counts_no_longer(
 ) -> None:
     async with running_api(settings) as other, AsyncExitStack() as stack:
         stream_id = await ask(other)
-
-        async def viewers() -> int:
-            return int((await other.get(f"/streams/{stream_id}")).json()["viewers"])
-
-        async def counted() -> bool:
-            return await viewers() == 1
-
         async with running_api(settings) as leaving:
             http = httpx2.AsyncClient(base_url=leaving.base_url, trust_env=False)
             await stack.enter_async_context(http)
             await stack.enter_async_context(http.stream("GET", f"/streams/{stream_id}/events"))
-            await until(counted)
-        assert await viewers() == 0
+            await counted(other, stream_id, 1)
+        assert await viewers(other, stream_id) == 0
 
 
 async def test_a_process_that_died_stops_counting(settings: Settings, redis: Redis) -> None:
@@ -637,4 +631,4 @@ async def test_a_process_that_died_stops_counting(settings: Settings, redis: Red
         stream_id = await ask(api)
         log = make_log(redis)
         await log.report_viewers("dead", {stream_id: 9}, now_s=0)
-        assert (await api.get(f"/streams/{stream_id}")).json()["viewers"] == 0
+        assert await viewers(api, stream_id) == 0

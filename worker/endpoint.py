@@ -40,9 +40,9 @@ class Endpoint:
             own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
         self._client = _client(own, settings)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
-        self._open = AsyncExitStack()
-        self._open.push_async_callback(self._client.aclose)
-        self._token = _token_provider(upstream, self._open)
+        self._opened = AsyncExitStack()
+        self._opened.push_async_callback(self._client.aclose)
+        self._token = _token_provider(upstream, self._opened)
         sdk = _sdk(upstream, self._token, self._client)
         known = sdk.default_headers | ({} if self._token else sdk.auth_headers)
         self._headers = httpx2.Headers({k: v for k, v in known.items() if isinstance(v, str)})
@@ -67,7 +67,7 @@ class Endpoint:
         return await self._send(request)
 
     async def close(self) -> None:
-        await self._open.aclose()
+        await self._opened.aclose()
 
 
 async def _signed_in(token: Token) -> str:
@@ -118,7 +118,7 @@ def _sdk(
     return AsyncOpenAI(base_url=upstream.base_url, api_key=token or key, http_client=client)
 
 
-def _token_provider(upstream: UpstreamSettings, open_: AsyncExitStack) -> Token | None:
+def _token_provider(upstream: UpstreamSettings, opened: AsyncExitStack) -> Token | None:
     if upstream.entra_scope is None:
         return None
     try:
@@ -131,7 +131,7 @@ def _token_provider(upstream: UpstreamSettings, open_: AsyncExitStack) -> Token 
             "AZURE_OPENAI_ENTRA needs the extra: .venv/bin/pip install -e '.[entra]'."
         ) from None
     credential = DefaultAzureCredential()
-    open_.push_async_callback(credential.close)
+    opened.push_async_callback(credential.close)
     provider: Any = get_bearer_token_provider(credential, upstream.entra_scope)
     token: Token = provider
     return token
