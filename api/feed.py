@@ -55,6 +55,11 @@ class Feed:
         return self.events[-1].cursor if self.events else None
 
     @property
+    def begun(self) -> bool:
+        """Whether any attempt has `started`."""
+        return self._latest_start > 0
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will come: a terminal event stands, or the log is gone."""
         return self.gone is not None or bool(self.events and self.events[-1].terminal)

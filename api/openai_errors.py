@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from api.feed import Feed
 from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
 from api.wires.chat_completions import error
-from relay.events import FAILED, STARTED
+from relay.events import FAILED
 
 STATUSES = {
     "answer_timeout": 504,
@@ -74,8 +74,7 @@ def failed(feed: Feed) -> Response:
     status, theirs = STATUSES.get(value["code"], 502), value.get("upstream", {})
     code = theirs.get("code", value["code"])
     response = refusal(status, code, value["message"], param=theirs.get("param"))
-    begun = any(event.kind == STARTED for event in feed.events)
-    if not (begun and value["retryable"]):
+    if not (feed.begun and value["retryable"]):
         # The worker has tried as often as it may: an SDK would multiply that by its own tries.
         response.headers["x-should-retry"] = "false"
     return response

@@ -5,6 +5,7 @@ A response is a stream, and its id that of the stream after `resp_`.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
 from api.viewer import Viewer
-from api.waiting import until_ended, when_ended
+from api.waiting import until_begun, until_ended, when_ended
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_error
 from relay.errors import StreamGone, StreamUnknown
@@ -133,6 +134,7 @@ _OF_ONE: dict[int | str, dict[str, Any]] = {
 @router.post("", summary="OpenAI's responses", response_class=Response, responses=_ANSWERS)
 async def create(request: Request, body: ResponsesRequest, asking: AskingOfRequest) -> Response:
     """Queue a job and answer at once (`background`), with events (`stream`), or when it has ended.
+    Without `background`, what fails before it began is an error by its status, also with `stream`.
     Dropping the connection does not stop the answer, unless X-On-Disconnect asks for it."""
     parts = asking.parts
     if body.model != parts.model:
@@ -143,10 +145,16 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     if not body.stream:
         asking.must_stay()
     feed = await asking.begin(asked, "responses")
-    born = await _born(parts, feed.stream_id)
-    if body.stream:
-        return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))
-    return await when_ended(request, asking, feed, partial(_ended, born))
+    born = replace(await _born(parts, feed.stream_id), format=body.format_type)
+    if not body.stream:
+        return await when_ended(request, asking, feed, partial(_ended, born))
+    if not body.background:
+        # Some clients know what to do by a status, and take `response.failed` for an empty answer.
+        await until_begun(request, parts, feed)
+        if feed.ended and not feed.begun and (failure := failure_of(feed, _refusal)):
+            failure.headers["x-stream-id"] = feed.stream_id
+            return failure
+    return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))
 
 
 class Retrieval(BaseModel):

@@ -10,6 +10,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -18,6 +19,14 @@ from api.chat_request import Asked, JsonObject, ListOf
 
 class _Known(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """To this API null is what was left out, also under a name that is not known here."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Text(_Known):
@@ -197,6 +206,7 @@ class Format(_Known):
 
 class TextOptions(_Known):
     format: Format | None = None
+    verbosity: str | None = None
 
 
 class Reasoning(_Known):
@@ -205,7 +215,9 @@ class Reasoning(_Known):
 
 class ResponsesRequest(_Known):
     """The body of POST /v1/responses. `store` and `metadata` are for this server, which keeps every
-    response for a while and does not tell metadata again: the model service hears of neither."""
+    response for a while and does not tell metadata again: the model service hears of neither.
+    What frameworks send by themselves, and what changes nothing here, is taken (`include`,
+    `truncation`, `store`)."""
 
     model: str = Field(description="One of GET /v1/models.")
     input: Input
@@ -222,7 +234,18 @@ class ResponsesRequest(_Known):
     reasoning: Reasoning | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: Literal[True] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    include: ListOf[Literal["reasoning.encrypted_content"]] | None = Field(
+        None, description="A chat completion has none, so none comes."
+    )
+    truncation: Literal["disabled"] | None = None
+
+    @property
+    def format_type(self) -> str | None:
+        return self.text.format.type if self.text and self.text.format else None
 
     def to_asked(self) -> Asked:
         """The chat completion that this is."""
@@ -243,6 +266,10 @@ class ResponsesRequest(_Known):
             "top_p": self.top_p,
             "max_completion_tokens": self.max_output_tokens,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "verbosity": self.text.verbosity if self.text else None,
             "user": self.user,
+            "service_tier": self.service_tier,
+            "prompt_cache_key": self.prompt_cache_key,
+            "safety_identifier": self.safety_identifier,
         }
         return Asked.model_validate({k: v for k, v in fields.items() if v is not None})

@@ -1,4 +1,4 @@
-"""Waiting for the end of an answer, by requests that are told of it as a whole."""
+"""Waiting for the end of an answer, or for its beginning, before anything is said of it."""
 
 import asyncio
 from collections.abc import Callable
@@ -26,11 +26,22 @@ async def when_ended(
 
 async def until_ended(request: Request, parts: Parts, feed: Feed) -> Exit | None:
     """Return when the answer has ended, or why it is waited for no longer."""
+    return await _until(lambda: feed.ended, request, parts, feed)
+
+
+async def until_begun(request: Request, parts: Parts, feed: Feed) -> Exit | None:
+    """Return when the answer has begun, or ended without, or why it is waited for no longer."""
+    return await _until(lambda: feed.begun or feed.ended, request, parts, feed)
+
+
+async def _until(
+    reached: Callable[[], bool], request: Request, parts: Parts, feed: Feed
+) -> Exit | None:
     over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
     watching = asyncio.ensure_future(until_left(request.receive, over))
     parting = None
     try:
-        while not (feed.ended or over.done()):
+        while not (reached() or over.done()):
             if parts.hub.draining and parting is None:
                 parting = send_away(over, parts.settings.drain_seconds)
             await feed.changed(parts.settings.heartbeat_seconds, unless=over)

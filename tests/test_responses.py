@@ -12,10 +12,12 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response
 from pydantic import BaseModel
+from redis.asyncio import Redis
 
 from api.responses_request import ResponsesRequest
 from emulator.app import Emulator
 from emulator.script import prompt
+from relay import keys
 from relay.settings import Settings
 from tests.conftest import running_api, running_worker, text_of, until, watch
 from tests.corpus import LOOKUP
@@ -242,20 +244,54 @@ async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
         assert record.outcome == "disconnected"
 
 
-async def test_a_failure_is_told_in_band_to_who_watches_and_by_its_status_to_who_waits(
+async def test_what_fails_before_it_began_is_an_error_by_its_status_and_in_the_background_in_band(
     sdk: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.upstream.FIRST_RETRY_SECONDS", 0.001)
     asked = asking(status=429, retry_after_ms=1)
-    with pytest.raises(openai.RateLimitError) as raised:
-        await sdk.responses.create(**asked)
-    assert raised.value.code == "upstream_rate_limited"
-    events = await taken(await sdk.responses.create(**asked, stream=True))
-    assert events[-1]["type"] == "response.failed"
-    failed = await sdk.responses.retrieve(events[0]["response"]["id"])
-    assert failed.status == "failed"
-    assert failed.error
-    assert failed.error.code == "rate_limit_exceeded"
+    failed = []
+    for streams in (False, True):
+        with pytest.raises(openai.RateLimitError) as raised:
+            await sdk.responses.create(**asked, stream=streams)
+        assert raised.value.code == "upstream_rate_limited"
+        headers = raised.value.response.headers
+        assert headers["x-should-retry"] == "false"
+        failed.append(await sdk.responses.retrieve(f"resp_{headers['x-stream-id']}"))
+    watched = await taken(await sdk.responses.create(**asked, stream=True, background=True))
+    kinds = [event["type"] for event in watched]
+    assert kinds == ["response.created", "response.queued", "response.failed"]
+    failed.append(Response.construct(**watched[-1]["response"]))
+    for response in failed:
+        assert response.status == "failed"
+        assert response.error
+        assert response.error.code == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_stream_can_be_cancelled_and_left_before_it_began(
+    settings: Settings, redis: Redis, leaves: bool
+) -> None:
+    async def is_queued() -> bool:
+        return bool(await redis.zcard(keys.QUEUE) == 1)
+
+    async with running_api(settings) as http, client(http) as sdk:
+        headers = {"x-on-disconnect": "cancel"}
+        asked: Any = sdk.responses.create(**asking(chunks=1), stream=True, extra_headers=headers)
+        asking_for_it = asyncio.ensure_future(asked)
+        await until(is_queued)
+        [stream_id] = await redis.zrange(keys.QUEUE, 0, -1)
+        response_id = f"resp_{stream_id.decode()}"
+        if leaves:
+            asking_for_it.cancel()
+        else:
+            await sdk.responses.cancel(response_id)
+            assert await taken(await asking_for_it) == await replayed(sdk, response_id)
+
+        async def is_cancelled() -> bool:
+            response: Response = await sdk.responses.retrieve(response_id)
+            return response.status == "cancelled"
+
+        await until(is_cancelled)
 
 
 async def test_an_answer_that_fails_in_the_middle_is_failed_with_what_was_said(
@@ -342,8 +378,12 @@ async def test_the_model_is_asked_what_the_response_was_asked(
         top_p=0.25,
         max_output_tokens=99,
         reasoning={"effort": "low"},
+        text={"verbosity": "low"},
         metadata={"a": "b"},
         user="u",
+        service_tier="flex",
+        prompt_cache_key="k",
+        safety_identifier="s",
         store=True,
     )
     assert response.output_parsed == Weather(rain=True)
@@ -365,11 +405,47 @@ async def test_the_model_is_asked_what_the_response_was_asked(
     assert body["tool_choice"] == {"type": "function", "function": {"name": "lookup"}}
     assert body["response_format"]["type"] == "json_schema"
     assert body["response_format"]["json_schema"]["schema"]["required"] == ["rain"]
-    told = {"temperature": 0.5, "top_p": 0.25, "max_completion_tokens": 99, "user": "u"}
+    told = {"temperature": 0.5, "top_p": 0.25, "max_completion_tokens": 99, "verbosity": "low"}
+    told |= {"user": "u", "service_tier": "flex", "prompt_cache_key": "k", "safety_identifier": "s"}
     assert told.items() <= body.items()
     assert body["reasoning_effort"] == "low"
     assert body["parallel_tool_calls"] is False
     assert not {"metadata", "store"} & body.keys()
+
+
+async def test_what_frameworks_send_by_themselves_is_taken_and_the_model_hears_nothing_of_it(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    plain = {"model": MODEL, "input": prompt(chunks=1)}
+    of_frameworks: list[dict[str, Any]] = [
+        {"include": []},
+        {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": None}},
+        {"store": False, "truncation": "disabled", "include": None, "previous_response_id": None},
+        {"tools": [], "text": {"format": None}, "conversation": None},
+    ]
+    for more in [{}, *of_frameworks]:
+        response = await sdk.responses.create(**plain, extra_body=more)  # type: ignore[call-overload]
+        assert response.output_text == "0 "
+    bodies = [(await emulator.request(number)).body for number in range(emulator.total)]
+    assert bodies == [bodies[0]] * (1 + len(of_frameworks))
+
+
+async def test_who_asks_for_json_is_told_so_with_the_answer(sdk: AsyncOpenAI) -> None:
+    """LangChain parses a streamed answer only then."""
+    asked: Any = {"model": MODEL, "input": prompt(text=['{"rain":', "true}"])}
+    async with sdk.responses.stream(**asked, text_format=Weather) as stream:
+        streamed = await stream.get_final_response()
+    for response in (streamed, await sdk.responses.parse(**asked, text_format=Weather)):
+        assert response.text
+        assert response.text.format
+        assert response.text.format.type == "json_schema"
+    assert (await sdk.responses.create(**asked)).text is None
+
+
+async def test_an_item_that_is_not_known_is_refused_with_those_that_are(sdk: AsyncOpenAI) -> None:
+    asked: Any = {"model": MODEL, "input": [{"type": "item_reference", "id": "msg_x"}]}
+    with pytest.raises(openai.BadRequestError, match=r"'item_reference' is not known.*'message'"):
+        await sdk.responses.create(**asked)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +454,11 @@ async def test_the_model_is_asked_what_the_response_was_asked(
         ({"temperature": 9}, "temperature", "invalid_value"),
         ({"input": []}, "input", "invalid_value"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "invalid_value"),
-        ({"store": False}, "store", "invalid_value"),
         ({"tool_choice": "never"}, "tool_choice.type", "invalid_value"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
         ({"previous_response_id": "resp_x"}, "previous_response_id", "unknown_parameter"),
-        ({"truncation": "auto"}, "truncation", "unknown_parameter"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "unknown_parameter"),
+        ({"truncation": "auto"}, "truncation", "invalid_value"),
+        ({"include": ["file_search_call.results"]}, "include.0", "invalid_value"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "invalid_value"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},

@@ -236,6 +236,16 @@ def test_a_failure_is_told_in_the_codes_of_the_api_with_ours_beside(code: str, t
     assert [item["status"] for item in response["output"]] == ["incomplete"]
 
 
+def test_the_code_of_the_model_service_goes_before_ours() -> None:
+    """Programs match on it."""
+    failed = {"code": "upstream_refused", "message": "Sorry.", "retryable": False}
+    upstream = {"code": "context_length_exceeded", "param": "messages"}
+    [*_, last] = frames(log([entry(FAILED, {**failed, "upstream": upstream})]))
+    assert last["response"]["error"]["code"] == "context_length_exceeded"
+    [*_, last] = frames(log([entry(FAILED, {**failed, "upstream": {"param": "messages"}})]))
+    assert last["response"]["error"]["code"] == "invalid_prompt"
+
+
 def test_a_cancelled_response_keeps_what_was_said_and_has_the_status_of_its_own() -> None:
     last = frames(log([*deltas({"content": "a"}), entry(CANCELLED, {})]))[-1]
     SDK_EVENT.validate_python(last)

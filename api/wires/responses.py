@@ -35,7 +35,8 @@ _ERROR_CODES = {
     "upstream_rate_limited": "rate_limit_exceeded",
     "upstream_refused": "invalid_prompt",
 }
-"""The codes that this API knows; any other of ours is its `server_error`."""
+"""The codes that this API knows; any other of ours is its `server_error`. The model service's own
+goes before them."""
 
 _Told = Iterator[tuple[str, Chunk]]
 """Types of frames without their `response.`, and what each has beside its type and number."""
@@ -48,6 +49,8 @@ class Born:
     stream_id: str
     created_s: int
     model: str
+    format: str | None = None
+    """The type of the text that was asked for, where that is known."""
 
     def __call__(self) -> Callable[[Event], bytes]:
         response = _Response(self)
@@ -76,7 +79,8 @@ def fold(born: Born, events: Iterable[Event]) -> Chunk:
     """The `response` as these events leave it; after the terminal one, that of the last frame.
 
     Prompts leave Redis when the answer ends, so nothing of the request is told, at no time: no
-    instructions, tools, metadata or temperature. `background` is true of every response here: none
+    instructions, tools, metadata or temperature. But whoever asks is told the type of text that he
+    asked for: LangChain parses nothing without. `background` is true of every response here: none
     ends with the connection that asked for it.
     """
     response = _Response(born)
@@ -228,6 +232,7 @@ class _Response:
             "parallel_tool_calls": True,
             "tool_choice": "auto",
             "tools": [],
+            **({"text": {"format": {"type": self._born.format}}} if self._born.format else {}),
             "usage": self._ending.get("usage"),
         }
 
@@ -288,7 +293,8 @@ class _Response:
 def _ending(kind: str, value: Chunk) -> tuple[str, Chunk]:
     """The status of an ended response, and what it tells of its end."""
     if kind == FAILED:
-        code = _ERROR_CODES.get(value["code"], "server_error")
+        ours = _ERROR_CODES.get(value["code"], "server_error")
+        code = value.get("upstream", {}).get("code", ours)
         return FAILED, {"error": {"code": code, "message": value["message"], "type": value["code"]}}
     reason = _INCOMPLETE.get(value.get("finish_reason") or "")
     if kind == COMPLETED and reason:
