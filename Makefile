@@ -11,7 +11,7 @@ help: ## tell this
 	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(VENV)/installed ## Redis, API and worker, at http://127.0.0.1:8000
-	@exec $(BIN)/relay up
+	@exec $(BIN)/python -m cli up
 
 test: $(VENV)/installed-dev ## everything but the browser
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,8 @@ Version = Annotated[
 @app.callback()
 def relay(_: Version = False) -> None:
     """What stands before any command."""
+    if isinstance(sys.stdout, TextIOWrapper):  # Not every terminal has a sign for all of an answer.
+        sys.stdout.reconfigure(errors="replace")
 
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on [RELAY_HOST; 127.0.0.1].")]
@@ -88,12 +91,22 @@ def worker() -> None:
     _become("worker")
 
 
+def _checked(word: str) -> str:
+    """As bytes that are no text come to us, nothing can be done with it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8") from None
+    return word
+
+
+Word = Annotated[str, typer.Argument(callback=_checked)]
 Url = Annotated[str, typer.Option(envvar="RELAY_URL", help="Where the API is.", show_default=True)]
 HERE = "http://127.0.0.1:8000"
 
 
 @app.command()
-def chat(text: str, url: Url = HERE) -> None:
+def chat(text: Word, url: Url = HERE) -> None:
     """Ask, and print the answer as it comes, across every loss of the connection."""
     with Client(url, report=everything.report) as client:
         stream_id = client.ask([{"role": "user", "content": text}])
@@ -102,14 +115,14 @@ def chat(text: str, url: Url = HERE) -> None:
 
 
 @app.command()
-def watch(stream_id: str, url: Url = HERE) -> None:
+def watch(stream_id: Word, url: Url = HERE) -> None:
     """Print a stream from its beginning, then as it comes."""
     with Client(url, report=everything.report) as client:
         _print(client, stream_id)
 
 
 @app.command()
-def cancel(stream_id: str, url: Url = HERE) -> None:
+def cancel(stream_id: Word, url: Url = HERE) -> None:
     """End a stream here; what it has stays readable."""
     with Client(url, report=everything.report) as client:
         typer.echo(client.cancel(stream_id))

@@ -84,9 +84,10 @@ def free_port(host: str, port: int) -> int:
             probe.bind(address)
             bound: int = probe.getsockname()[1]
             return bound
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # The latter of a name that is none.
+        reason = getattr(error, "strerror", error)
         raise ConfigurationError(
-            f"Port {port} of {host} cannot be used ({error.strerror}): choose another with "
+            f"Port {port} of {host} cannot be used ({reason}): choose another with "
             "--port, RELAY_PORT or RELAY_HOST."
         ) from None
 

@@ -63,7 +63,11 @@ class RedisServer:
         if self.pass_fds:
             return
         # An older Redis does not see the log files of Redis 7 and would start empty, silently.
-        if (self.data / "appendonlydir").exists() and (version := _version(self.binary)) < (7, 0):
+        # Not by Path, which raises where the folder may not be looked into: the lock tells of that.
+        if os.path.exists(self.data / "appendonlydir") and (version := _version(self.binary)) < (
+            7,
+            0,
+        ):
             if not version:
                 raise ConfigurationError(
                     f"{self.binary} does not tell its version as a redis-server does: "

@@ -8,6 +8,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx2
 
@@ -40,6 +41,7 @@ class Child:
     piped: bool = False
     grace: float = 2.0  # seconds that it may need to end in order
     bounded: bool = True  # `ready` has no limit of its own
+    log: Path | None = None  # where it says why it ends, if not on our stderr
 
 
 class Ended(Exception):
@@ -90,6 +92,8 @@ class Supervisor:
         deaths: deque[float] = deque(maxlen=len(BACKOFF_SECONDS) + 1)
         while True:
             ending = _ending(code := await self._run_once(child, ready))
+            if child.log is not None:
+                ending += f" ({child.log} says why)"
             if code == 2:
                 raise Ended(f"{child.name} {ending}: its settings are wrong, so all is stopped.")
             now = asyncio.get_running_loop().time()

@@ -51,6 +51,7 @@ def plan(settings: Settings, port: int, redis: RedisServer | None) -> list[Child
                 STORE,
                 redis.pass_fds,
                 bounded=False,
+                log=redis.log,
             )
         )
     if settings.upstream is None:
@@ -113,7 +114,8 @@ async def tell_if_away(redis_url: str) -> None:
 
 
 async def up(settings: Settings, console: Console) -> int:
-    """Run it all until SIGINT, SIGTERM or SIGHUP: 0. Or until a child cannot be kept alive: 1.
+    """Run it all until SIGINT, SIGTERM or SIGHUP (but for nohup): 0. Or until a child cannot be
+    kept alive: 1.
 
     Raises ConfigurationError before any child is started.
     """
@@ -132,7 +134,8 @@ async def up(settings: Settings, console: Console) -> int:
             stack.callback(asyncio.create_task(tell_if_away(settings.redis_url)).cancel)
         supervisor = Supervisor(plan(settings, port, redis), report)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
         failure = await supervisor.run(lambda: describe(console, settings, port, redis))
     if failure:
         report(failure)

@@ -68,10 +68,8 @@ class Client:
         sleep: Callable[[float], object] = time.sleep,
         report: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """Raises ConfigurationError for what is no URL of a server."""
-        if not re.match(r"https?://[^/]", url):
-            raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
-        self._http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(10, read=SILENCE_SECONDS))
+        """Raises ConfigurationError for what is no URL of a server, or leads through no proxy."""
+        self._http = _http(url)
         self._url = url
         self._tries = tries
         self._reached = False
@@ -167,6 +165,27 @@ class Client:
         ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
         self._sleep(ceiling * random.uniform(0.5, 1))  # noqa: S311
         return failures + 1
+
+
+def _http(url: str) -> httpx2.Client:
+    """Raises ConfigurationError for what is no URL of a server, or leads through no proxy."""
+    try:
+        host = httpx2.URL(url).host
+        host.encode("idna")  # As it will be looked up.
+    except (httpx2.InvalidURL, UnicodeError):
+        host = ""
+    if not (host and re.match(r"https?://", url)):
+        raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
+    # To a proxy of the environment this machine is another one than it is here.
+    proxied = host not in {"localhost", "127.0.0.1", "::1"}
+    timeout = httpx2.Timeout(10, read=SILENCE_SECONDS)
+    try:
+        return httpx2.Client(base_url=url, timeout=timeout, trust_env=proxied)
+    except (ImportError, ValueError):
+        raise ConfigurationError(
+            "The environment names a proxy that is none of HTTP's: set HTTP_PROXY and HTTPS_PROXY "
+            "to one such as http://HOST:3128, and unset ALL_PROXY."
+        ) from None
 
 
 class _Taken:

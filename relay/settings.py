@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
 from pydantic import (
-    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -29,6 +28,8 @@ from relay.logs import get_logger
 from relay.webhooks import Webhooks
 
 MIB = 1024 * 1024
+MOST = 10**9
+"""Redis counts in 64 bits, milliseconds since 1970 too: what goes beyond it would refuse later."""
 
 PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_")
 OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
@@ -73,9 +74,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", validation_alias="RELAY_HOST")
     port: int = Field(8000, ge=0, le=65535, validation_alias="RELAY_PORT")
     workers: int = Field(1, ge=1, validation_alias="RELAY_WORKERS")
-    data: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        Path(".relay"), validation_alias="RELAY_DATA"
-    )
+    data: Path = Field(Path(".relay"), validation_alias="RELAY_DATA")
     redis_server: str | None = Field(None, validation_alias="RELAY_REDIS_SERVER")
     log_format: Literal["text", "json"] = Field("text", validation_alias="RELAY_LOG_FORMAT")
     cors_origins: str = Field("", validation_alias="RELAY_CORS_ORIGINS")
@@ -88,10 +87,10 @@ class Settings(BaseSettings):
     webhook_keys: SecretStr = Field(SecretStr(""), validation_alias="RELAY_WEBHOOK_SECRET")
     webhook_private: bool = Field(False, validation_alias="RELAY_WEBHOOK_PRIVATE")
 
-    queue_limit: int = Field(1000, ge=1, validation_alias="RELAY_QUEUE_LIMIT")
+    queue_limit: int = Field(1000, ge=1, le=MOST, validation_alias="RELAY_QUEUE_LIMIT")
     concurrency: int = Field(100, ge=1, validation_alias="RELAY_CONCURRENCY")
-    live_seconds: int = Field(3600, ge=1, validation_alias="RELAY_LIVE_SECONDS")
-    retention_seconds: int = Field(3600, ge=1, validation_alias="RELAY_RETENTION_SECONDS")
+    live_seconds: int = Field(3600, ge=1, le=MOST, validation_alias="RELAY_LIVE_SECONDS")
+    retention_seconds: int = Field(3600, ge=1, le=MOST, validation_alias="RELAY_RETENTION_SECONDS")
     lease_seconds: Seconds = Field(5.0, ge=0.1, validation_alias="RELAY_LEASE_SECONDS")
     max_attempts: int = Field(3, ge=1, validation_alias="RELAY_MAX_ATTEMPTS")
     grace_seconds: float = Field(
@@ -138,6 +137,14 @@ class Settings(BaseSettings):
                 "must be a URL such as redis://HOST:6379/0, with no options but those of redis-py"
             ) from None
         return url
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, data: Path) -> Path:
+        try:
+            return data.expanduser()
+        except RuntimeError:
+            raise ValueError("must be a folder; of the user after ~ none is known") from None
 
     @field_validator("azure_key", "openai_key")
     @classmethod
@@ -255,6 +262,8 @@ def load_settings() -> Settings:
         return Settings()
     except UnicodeDecodeError:  # Some shells write UTF-16 by `>`.
         raise ConfigurationError(".env is not UTF-8: save it as that.") from None
+    except OSError as error:
+        raise ConfigurationError(f".env cannot be read ({error.strerror}).") from None
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")

@@ -83,11 +83,6 @@ def serving(*replies: bytes) -> Iterator[Server]:
         server.close()
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def client(server: Server, sleep: Callable[[float], object] = lambda _: None) -> Client:
     return Client(server.url, tries=3, sleep=sleep)
 
@@ -378,10 +373,46 @@ def test_the_first_loss_in_a_row_is_told_at_once() -> None:
         assert told == [f"{server.url} does not answer, trying again"]
 
 
-@pytest.mark.parametrize("url", ["", "nonsense", "localhost:8000", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http:///path",
+        "http://host:port",
+        "http://[::1",
+        "http://ex..ample",
+        "http://" + 64 * "a",
+    ],
+)
 def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
     with pytest.raises(ConfigurationError, match="no URL"):
         Client(url)
+
+
+@pytest.mark.parametrize("proxy", ["http://proxy.invalid:1", "socks5://proxy.invalid:1"])
+def test_no_proxy_comes_between_it_and_a_relay_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with serving(reply(202, {"stream_id": ID})) as server, client(server) as relay:
+        assert relay.ask([]) == ID
+    with (
+        serving(reply(202, {"stream_id": ID})) as server,
+        Client(server.url.replace("127.0.0.1", "localhost")) as relay,
+    ):
+        assert relay.ask([]) == ID
+
+
+def test_a_proxy_that_cannot_be_gone_through_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://proxy.invalid:1")
+    with pytest.raises(ConfigurationError, match="unset ALL_PROXY"):
+        Client("http://relay.invalid")
 
 
 def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:

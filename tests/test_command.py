@@ -95,6 +95,19 @@ async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
     assert (tmp_path / ".relay").is_dir()
 
 
+async def test_what_was_started_by_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    async with asyncio.timeout(40):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup has it; children inherit it.
+        try:
+            up, url, _ = await start_up(tmp_path)
+        finally:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        up.send_signal(signal.SIGHUP)
+        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+            assert await ask(http, chunks=1)
+        await interrupt(up)
+
+
 async def test_streams_survive_a_restart_of_everything(tmp_path: Path) -> None:
     async with asyncio.timeout(50):
         up, url, _ = await start_up(tmp_path)

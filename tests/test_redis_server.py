@@ -199,6 +199,8 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(binary: str, tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="cannot be used"):
         RedisServer(binary, tmp_path / "file" / "data").open()
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        RedisServer(binary, tmp_path / (300 * "x")).open()
 
 
 def test_a_folder_written_by_redis_7_is_refused_by_an_older_one(tmp_path: Path) -> None:

@@ -225,7 +225,11 @@ def test_two_upstreams_are_refused(
         ("RELAY_PORT", "65536"),
         ("RELAY_PORT", "-1"),
         ("RELAY_WORKERS", "0"),
+        ("RELAY_DATA", "~nobody-of-that-name/x"),
         ("RELAY_QUEUE_LIMIT", "0"),
+        ("RELAY_QUEUE_LIMIT", "9999999999999999"),
+        ("RELAY_LIVE_SECONDS", "9999999999999999"),
+        ("RELAY_RETENTION_SECONDS", "9999999999999999"),
         ("RELAY_CONCURRENCY", "0"),
         ("RELAY_LEASE_SECONDS", "0"),
         ("RELAY_LEASE_SECONDS", "nan"),
@@ -409,6 +413,12 @@ def test_a_line_of_the_env_file_that_is_none_is_told_by_its_number_alone(
     with pytest.raises(ConfigurationError, match=rf"^Line {line} of \.env ") as raised:
         load_settings()
     assert "secret" not in str(raised.value)
+
+
+def test_an_env_file_that_cannot_be_read_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Settings.model_config, "env_file", 300 * "x")
+    with pytest.raises(ConfigurationError, match=r"\.env cannot be read \(File name too long\)"):
+        load_settings()
 
 
 def test_no_env_file_is_no_error(env_file: Path) -> None:

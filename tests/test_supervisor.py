@@ -137,6 +137,16 @@ async def test_a_child_that_dies_five_times_brings_everything_down() -> None:
     assert not alive(run.pid("sleeper"))
 
 
+async def test_a_child_that_keeps_a_log_is_reported_with_it() -> None:
+    log = Path("/nowhere/redis.log")
+    run = Run(Child("redis", [sys.executable, "-c", "raise SystemExit(1)"], os.environ, log=log))
+    async with asyncio.timeout(15):
+        sentence = await run.outcome
+    assert sentence is not None
+    for told in (sentence, await run.reports.get()):
+        assert told.startswith("redis ended with exit code 1 (/nowhere/redis.log says why)")
+
+
 async def test_a_configuration_error_of_a_child_brings_everything_down_at_once() -> None:
     run = Run(python("sleeper", SLEEPS), python("worker 1", "raise SystemExit(2)"))
     async with asyncio.timeout(15):

@@ -697,13 +697,31 @@ async def test_where_the_environment_names_a_proxy_it_is_asked_through_that(
     assert request.startswith(b"POST http://model.invalid/openai/deployments/demo/")
 
 
-@pytest.mark.parametrize("excepted", ["127.0.0.1", "127.0.0.0/8", "localhost,*"])
+@pytest.mark.parametrize("excepted", ["127.0.0.2", "127.0.0.0/8", "localhost,*"])
 async def test_a_host_that_the_environment_excepts_is_asked_without_its_proxy(
-    monkeypatch: pytest.MonkeyPatch, emulator_url: str, excepted: str
+    monkeypatch: pytest.MonkeyPatch, excepted: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://model.invalid:1")
     monkeypatch.setenv("NO_PROXY", excepted)
-    async with azure(emulator_url) as upstream:
+    async with serve(Emulator(), "127.0.0.2") as url, azure(url) as upstream:
+        assert text_of(await asked(upstream, asking(chunks=1))) == "0 "
+
+
+@pytest.mark.parametrize("proxy", ["http://model.invalid:1", "socks5://model.invalid:1"])
+@pytest.mark.parametrize("here", ["127.0.0.1", "localhost"])
+async def test_no_proxy_comes_between_two_processes_of_one_machine(
+    monkeypatch: pytest.MonkeyPatch, emulator_url: str, here: str, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    async with azure(emulator_url.replace("127.0.0.1", here)) as upstream:
+        assert text_of(await asked(upstream, asking(chunks=1))) == "0 "
+
+
+async def test_who_signs_in_by_the_url_goes_past_the_same_proxies(
+    monkeypatch: pytest.MonkeyPatch, emulator_url: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://model.invalid:1")
+    async with azure(emulator_url.replace("http://", "http://who:secret@")) as upstream:
         assert text_of(await asked(upstream, asking(chunks=1))) == "0 "
 
 

@@ -87,7 +87,9 @@ def _client(own: Http1 | None, settings: Settings) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
     timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
     try:
-        return httpx2.AsyncClient(transport=own, timeout=timeout, limits=limits)
+        return httpx2.AsyncClient(
+            transport=own, timeout=timeout, limits=limits, trust_env=own is None
+        )
     except (ImportError, ValueError):
         raise ConfigurationError(
             "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
@@ -97,9 +99,11 @@ def _client(own: Http1 | None, settings: Settings) -> httpx2.AsyncClient:
 
 def _is_proxied(url: str) -> bool:
     """As the environment has it, in which httpx looks, too, and closer: it knows more exceptions
-    than these."""
+    than these. To no proxy does this machine mean what it means here."""
     parts, proxies = urlsplit(url), getproxies()
-    return not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(parts.hostname or "")
+    host = parts.hostname or ""
+    direct = host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host)
+    return not {parts.scheme, "all"}.isdisjoint(proxies) and not direct
 
 
 def _sdk(
