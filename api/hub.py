@@ -206,8 +206,8 @@ class Hub:
         except StreamGone as gone:
             feed.end_as_gone(gone)
         except RedisError as error:
-            # The patrol comes back to it.
-            logger.warning("log_unreadable", stream=feed.stream_id, error=type(error).__name__)
+            # The patrol comes back to it. Told without its stream, as all are unreadable at once.
+            logger.warning("log_unreadable", error=type(error).__name__)
         finally:
             self._stale.discard(feed)
             self._reading.discard(feed)

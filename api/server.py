@@ -222,8 +222,14 @@ def create_server(app: FastAPI, settings: Settings) -> Server:
     return Server(config)
 
 
+_NO_NEWS = (
+    "ASGI callable returned without",
+    "Exception in ASGI application",
+    "Invalid HTTP request received",
+)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     # A viewer that is broken off on purpose is no error of the application, and an error of the
-    # application has been logged by the application.
-    text = record.getMessage()
-    return not text.startswith(("ASGI callable returned without", "Exception in ASGI application"))
+    # application has been logged by the application. What is no HTTP anybody may send.
+    return not record.getMessage().startswith(_NO_NEWS)

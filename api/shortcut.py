@@ -25,6 +25,7 @@ from relay.logs import get_logger
 logger = get_logger("api")
 
 _BEFORE, _AFTER = "/streams/", "/events"
+_OF_THE_PROCESS = {"/healthz", "/readyz", "/metrics"}
 
 Headers = Mapping[str, str]
 Route = Callable[[Parts, Watching], Awaitable[Response]]
@@ -49,6 +50,8 @@ class Shortcut:
                 if route is None:
                     receive = _again(received, receive)
                 del received
+            case _, path if path not in _OF_THE_PROCESS:  # Whether it lives must be told in time.
+                await self._turnstile.passed()
         if route is None:
             await self._app(scope, receive, send)
             return

@@ -134,10 +134,13 @@ _BLOCKING = frozenset({"BLPOP"})
 
 
 async def open_connection(redis: Redis) -> "Lean":
-    """A connection of one's own, signed in, beside those of a client. Raises RedisError."""
+    """A connection of one's own, signed in, beside those of a client. Raises RedisError, also where
+    Redis still loads its data: it would take a subscription, and nothing else."""
     connection: Lean = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await connection.connect()  # type: ignore[no-untyped-call]
+        await connection.send_command("PING", check_health=False)
+        await connection.read_response()
     except BaseException:
         connection.let_go()
         raise

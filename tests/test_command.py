@@ -74,6 +74,11 @@ async def interrupt(up: Process) -> None:
     assert "Traceback" not in printed
 
 
+def ignores(process: Process, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.split("SigIgn:")[1].split()[0], 16) & 1 << number - 1)
+
+
 async def output(process: Process) -> str:
     assert process.stdout is not None
     return (await process.stdout.read()).decode()
@@ -95,17 +100,22 @@ async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
     assert (tmp_path / ".relay").is_dir()
 
 
-async def test_what_was_started_by_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nohup", [True, False])
+async def test_what_was_started_by_nohup_outlives_its_terminal(nohup: bool, tmp_path: Path) -> None:
     async with asyncio.timeout(40):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup has it; children inherit it.
+        # As nohup has it; children inherit it.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         try:
-            up, url, _ = await start_up(tmp_path)
+            up, _, _ = await start_up(tmp_path)
         finally:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        up.send_signal(signal.SIGHUP)
-        async with httpx2.AsyncClient(base_url=url, trust_env=False) as http:
-            assert await ask(http, chunks=1)
-        await interrupt(up)
+        assert ignores(up, signal.SIGHUP) == nohup
+        if nohup:
+            await interrupt(up)
+        else:
+            up.send_signal(signal.SIGHUP)
+            await output(up)
+            assert await up.wait() == 0
 
 
 async def test_streams_survive_a_restart_of_everything(tmp_path: Path) -> None:

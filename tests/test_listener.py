@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from cli.redis_server import RedisServer
 from relay.connection import connect
 from relay.listener import Listener
+from tests.listening import listening
 
 News = tuple[str | bytes, ...]
 
@@ -203,6 +204,32 @@ async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(
     lost, back = [record.msg for record in caplog.records]
     assert (lost["event"], lost["level"]) == ("redis_lost", "warning")
     assert (back["event"], back["seconds"] >= 0) == ("redis_back", True)
+
+
+async def test_a_redis_that_loads_its_data_is_away_until_it_has(caplog: Any) -> None:
+    loads = True
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            if b"PING" in data:
+                writer.write(b"-LOADING it reads\r\n" if loads else b"+PONG\r\n")
+            elif b"SUBSCRIBE" in data:  # While it loads, too.
+                writer.write(b"*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n")
+            else:
+                writer.write(b"+OK\r\n" * data.count(b"SETINFO"))
+
+    async with listening(talk) as port, connect(f"redis://127.0.0.1:{port}") as redis:
+        ear = Ear(redis, "a")
+        async with running(ear.listener):
+            assert await ear.next(2) == [("lost",), ("lost",)]
+            assert ear.listener.away
+            loads = False
+            while (news := await ear.next()) == [("lost",)]:
+                pass
+            assert news == [("subscribed", "a")]
+            assert not ear.listener.away
+    told = [record.msg["event"] for record in caplog.records]
+    assert told == ["redis_lost"] * (len(told) - 1) + ["redis_back"]
 
 
 async def test_a_redis_that_falls_silent_is_given_up(

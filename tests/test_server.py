@@ -469,6 +469,15 @@ async def test_nonsense_behind_a_response_is_never_answered_in_the_midst_of_it(
         await until(lambda: nobody_watches(served), 5)
 
 
+async def test_what_is_no_http_is_refused_and_leaves_no_line_in_the_log(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(settings) as server:
+        of_tls = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03\r\n\r\n"
+        assert (await exchange(server.port, of_tls)).startswith(b"HTTP/1.1 400")
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
 async def nobody_watches(served: Served) -> bool:
     app: Any = served.server.config.app
     return not app.state.parts.hub.viewers()

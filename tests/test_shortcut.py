@@ -1,6 +1,7 @@
 """The shortcut gives the answers that FastAPI's stack gives, to good requests and to bad ones; what
 is plainly right takes it, and nothing else does."""
 
+import asyncio
 import gc
 import json
 import re
@@ -144,6 +145,35 @@ async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, b
     short, long, shortened = await both((method, f"/streams/{stream_id}/events", {}, b""))
     assert short == long
     assert shortened == ((method, stream_id) == ("GET", GONE))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "at_once"),
+    [
+        ("POST", "/streams/ID/cancel", False),
+        ("DELETE", "/streams/ID", False),
+        ("POST", "/v1/chat/completions", False),
+        ("GET", "/healthz", True),
+        ("GET", "/readyz", True),
+        ("GET", "/metrics", True),
+    ],
+)
+async def test_of_many_requests_one_begins_in_each_turn_but_for_those_about_the_process(
+    method: str, path: str, at_once: bool
+) -> None:
+    turn, begun = 0, list[int]()
+
+    async def app(*_: Any) -> None:
+        begun.append(turn)
+
+    served = shortcut.Shortcut(app)
+    scope = {"type": "http", "method": method, "path": path}
+    nothing: Any = None
+    requests = [asyncio.create_task(served(scope, nothing, nothing)) for _ in range(5)]
+    while not all(request.done() for request in requests):
+        await asyncio.sleep(0)
+        turn += 1
+    assert len(set(begun)) == (1 if at_once else 5)
 
 
 async def test_a_viewer_does_not_keep_the_question(stack: httpx2.AsyncClient) -> None:

@@ -87,9 +87,7 @@ def _client(own: Http1 | None, settings: Settings) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
     timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
     try:
-        return httpx2.AsyncClient(
-            transport=own, timeout=timeout, limits=limits, trust_env=own is None
-        )
+        return httpx2.AsyncClient(transport=own, timeout=timeout, limits=limits)
     except (ImportError, ValueError):
         raise ConfigurationError(
             "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
