@@ -168,7 +168,7 @@ class Hub:
         """First the channel, then the log: what comes between the two is in both."""
         try:
             if feed.gone is not None:
-                # Erased already, with its channel dropped: asked for now, it would stay for ever.
+                # Erased already, and its channel dropped: one that is asked for now would stay.
                 raise feed.gone
             await self._subscribe(feed)
             feed.add(await self._log.read(feed.stream_id), read=True)
@@ -188,7 +188,7 @@ class Hub:
     async def _overtake(self, feed: Feed) -> None:
         """Of one that was born before its channel stood."""
         if self._feeds.get(feed.stream_id) is not feed:
-            # Let go of already, with its channel dropped: asked for now, it would stay for ever.
+            # Let go of already, and its channel dropped: one that is asked for now would stay.
             return
         await self._subscribe(feed)
         await self._catch_up(feed)

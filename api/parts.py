@@ -63,7 +63,7 @@ class Parts:
         return verdict
 
     async def erase(self, stream_id: str) -> None:
-        """As `Log.erase`, and so here."""
+        """As `Log.erase`, and the operator's log says that it was asked for."""
         await self.log.erase(stream_id)
         logger.info("stream_erased", stream=stream_id)
 

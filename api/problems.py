@@ -134,7 +134,7 @@ def answer_to(error: Exception, shape: Shape) -> Response:
 
 
 class Fault(NamedTuple):
-    """What is wrong with a request first; without a field, with the body as a whole."""
+    """The first thing that is wrong with a request; without a field, the body as a whole is."""
 
     message: str
     field: str | None = None

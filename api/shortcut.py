@@ -64,7 +64,8 @@ async def _respond(route: Route, scope: Scope, receive: Receive, send: Send) -> 
     watching = Watching(_parts(scope).hub)
     try:
         response = await _answer(route, scope, watching)
-        # It holds the question, and a viewer stays for long: whoever called has let go of it, too.
+        # `route` holds the question, which must not stay for as long as a viewer does; whoever
+        # called has let go of it, too.
         del route
         await response(scope, receive, send)
     except Exception as error:

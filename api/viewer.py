@@ -71,7 +71,7 @@ class Viewer(LongResponse):
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
                 index = feed.position(self._cursor)
-            # Asked first: one that has everything by the time it must go has its proper end.
+            # Before `over`: one that has everything gets its proper end, though it must go now.
             if feed.ended and index == len(feed.events):
                 return
             if over.done():

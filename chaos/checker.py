@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 from api.wires import native
 from chaos.anomaly import Anomaly, Kind
 from chaos.journal import Logged, Received, Seen, Sent
-from relay.events import COMPLETED, QUEUED, STARTED, TERMINAL, Cursor, Event, join_text
+from relay.events import CHUNK, COMPLETED, QUEUED, STARTED, TERMINAL, Cursor, Event, join_text
 
 Evidence = Iterator[str]
 """What a rule finds in one run, a sentence each; none if all is well."""
@@ -74,7 +74,7 @@ class Item(NamedTuple):
 
     @property
     def text(self) -> str:
-        return str(self.data.get("text", "")) if self.kind == "chunk" else ""
+        return str(self.data.get("text", "")) if self.kind == CHUNK else ""
 
 
 @dataclass
@@ -373,7 +373,7 @@ def _miscounted(run: Run, last: Item) -> Evidence:
     """A terminal event that stands alone tells of an attempt that has no events here."""
     if last.cursor.attempt != run.attempt:
         return
-    chunks = [item for item in run.own if item.kind == "chunk"]
+    chunks = [item for item in run.own if item.kind == CHUNK]
     told = last.data.get("chunks")
     if told != len(chunks) and (told is not None or last.kind == COMPLETED):
         yield f"{last.kind} {last.cursor} tells of {told} chunks, there are {len(chunks)}"

@@ -55,8 +55,8 @@ class Released(NamedTuple):
 
 
 class Claims:
-    """Guarantees: a job is with one owner at most, in the queue, or ended, and never in none of
-    the three. Every method may raise redis.exceptions.RedisError and may then be repeated."""
+    """Guarantees: a job is always in exactly one place, with one owner, in the queue, or ended.
+    Every method may raise redis.exceptions.RedisError and may then be repeated."""
 
     def __init__(
         self,

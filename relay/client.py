@@ -13,11 +13,10 @@ from typing import Any, Self
 import httpx2
 
 from relay.errors import ConfigurationError, RelayError
-from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TERMINAL, Halves
+from relay.events import CANCELLED, CHUNK, COMPLETED, FAILED, STARTED, TERMINAL, Halves
 
 SILENCE_SECONDS = 45.0
 """Three heartbeats: a connection that is silent for longer is dead."""
-CHUNK = "chunk"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 10.0
 FIRST_TRIES = 2
@@ -205,7 +204,8 @@ class _Taken:
         data: Any = event.json()
         if kind == STARTED:
             self._begin()
-        text = self._halves.whole(str(data.get("text") or ""), last=kind in TERMINAL)
+        piece = str(data.get("text") or "") if kind == CHUNK else ""
+        text = self._halves.whole(piece, last=kind in TERMINAL)
         self._chunks += kind == CHUNK
         self._hash.update(text.encode())
         if kind == COMPLETED:

@@ -19,6 +19,8 @@ TERMINAL: Final = frozenset({COMPLETED, FAILED, CANCELLED})
 # The two kinds of chunk are stored by one letter: an entry costs bytes in proportion to its text.
 TEXT: Final = "t"
 WHOLE: Final = "c"
+CHUNK: Final = "chunk"
+"""What either is to who watches."""
 
 _CURSOR = re.compile(r"(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})", re.ASCII)
 

@@ -285,7 +285,7 @@ def _check_env_file() -> None:
 
 
 def variables() -> Iterator[str]:
-    """Of the environment, that are settings."""
+    """The names of all that are settings."""
     for field in Settings.model_fields.values():
         alias: Any = field.validation_alias
         yield from getattr(alias, "choices", [alias])

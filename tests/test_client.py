@@ -182,6 +182,15 @@ def test_started_clears_what_was_seen() -> None:
     assert shown(updates) == "Hello"
 
 
+def test_only_chunks_have_text_of_the_answer() -> None:
+    note = event("1-3", "note", text="By the way.")
+    with (
+        serving(stream(STARTED, HEL, LO, note, completed("1-4", "Hello"))) as server,
+        client(server) as relay,
+    ):
+        assert shown(list(relay.watch(ID))) == "Hello"
+
+
 def test_a_split_emoji_is_no_damage() -> None:
     halves = [event(f"1-{n}", "chunk", text=half) for n, half in enumerate("\ud83d\ude00", 1)]
     updates, _ = watched(stream(STARTED, *halves, completed("1-3", "😀")))

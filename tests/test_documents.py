@@ -9,12 +9,15 @@ import yaml
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from api.problems import TITLES
+from api import hub
+from api.problems import _STATUS, TITLES
 from cli.processes import free_port, spawn
 from cli.redis_server import find_redis_server
+from relay import connection, errors, listener, outbox
 from relay.connection import connect
 from relay.settings import MIB, Settings, variables
 from tests.conftest import ROOT, until
+from worker import appender, claiming, deliveries, post
 
 
 def read(name: str) -> str:
@@ -40,6 +43,40 @@ def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
 def test_every_code_of_a_problem_stands_in_the_readme() -> None:
     section = read("README.md").split("## The API")[1].split("\n## ")[0]
     assert set(TITLES) <= set(re.findall(r"`([a-z_]+)`", section))
+
+
+PROMISED = [
+    ("README.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
+    ("README.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),
+    ("README.md", "up to 10 min", deliveries.MOST_RETRY_SECONDS, 600),
+    ("README.md", "`relay_worker_silent_seconds` above 3 |", hub.SILENT_SECONDS, 3),
+    ("README.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
+    ("ARCHITECTURE.md", "and once in five seconds anyway", hub.PATROL_SECONDS, 5),
+    ("ARCHITECTURE.md", "Time limits to Redis are short** (2 s)", connection.ANSWER_SECONDS, 2),
+    ("ARCHITECTURE.md", "hears nothing for 2 s", 2 * listener.SILENCE_SECONDS, 2),
+    ("ARCHITECTURE.md", "when its lease of 30 s ends", outbox.LEASE_SECONDS, 30),
+    ("ARCHITECTURE.md", "took longer than a second", deliveries.SLOW_SECONDS, 1),
+    ("ARCHITECTURE.md", "has at most 20 of", deliveries.MOST_TO_THE_SLOW, 20),
+    ("ARCHITECTURE.md", "of a worker's 50 deliveries", deliveries.MOST, 50),
+    ("ARCHITECTURE.md", "claims four jobs at a time", claiming.CLAIMED_AT_ONCE, 4),
+    ("ARCHITECTURE.md", "at least a millisecond apart", appender.APART_SECONDS, 0.001),
+]
+
+
+@pytest.mark.parametrize(("file", "sentence", "value", "promised"), PROMISED)
+def test_a_number_that_is_promised_is_that_of_the_code(
+    file: str, sentence: str, value: float, promised: float
+) -> None:
+    assert value == promised
+    assert sentence in " ".join(read(file).split())
+
+
+def test_every_error_that_a_client_may_meet_has_a_status() -> None:
+    of_no_client = {errors.ConfigurationError, errors.StreamLost, errors.UpstreamError}
+    kinds = {each for each in vars(errors).values() if isinstance(each, type)}
+    ours = {each for each in kinds if each.__base__ is errors.RelayError}
+    assert ours - of_no_client == {each for each in _STATUS if each.__base__ is errors.RelayError}
+    assert {each.code for each in _STATUS} <= TITLES.keys()
 
 
 @pytest.mark.parametrize("room", ["relay", "api", "worker", "cli", "emulator", "chaos"])

@@ -148,6 +148,22 @@ async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, b
 
 
 @pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/chat", {"idempotency-key", "x-on-disconnect", "x-webhook-url"}),
+        ("/streams/{stream_id}/events", {"stream_id", "last-event-id", "last_event_id"}),
+    ],
+)
+async def test_the_shortcut_knows_all_that_its_routes_take(
+    path: str, known: set[str], settings: Settings
+) -> None:
+    async with running_api(settings) as http:
+        [operation] = (await http.get("/openapi.json")).json()["paths"][path].values()
+    named = {parameter["name"].lower() for parameter in operation["parameters"]}
+    assert named == known, "one that api/shortcut.py does not know would be passed over there"
+
+
+@pytest.mark.parametrize(
     ("method", "path", "at_once"),
     [
         ("POST", "/streams/ID/cancel", False),

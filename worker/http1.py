@@ -25,9 +25,9 @@ _HEAD_BYTES = 64 * 1024
 
 def pour(response: httpx2.Response, into: Into) -> asyncio.Future[None]:
     """Give the body of an answer, piece by piece, to `into`; by this transport in the very step in
-    which a piece comes, and no task has to wake for it. The future is that of the body's end; its
-    exception is what went wrong, or what `into` raised of what came later. Raises what `into`
-    raises of what is there."""
+    which a piece comes, and no task has to wake for it. The future ends with the body, or fails
+    with the transport's error or what `into` raises for a later piece; what it raises for those
+    that are there already, this raises."""
     poured: Callable[[Into], asyncio.Future[None]] | None = response.extensions.get(_POUR)
     if poured is None or "content-encoding" in response.headers:
         return asyncio.create_task(_pour_decoded(response, into))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from sse_starlette import ServerSentEvent
 
 from relay.errors import RelayError
-from relay.events import FAILED, STARTED, TEXT, WHOLE, Event, first_choice_text, to_json
+from relay.events import CHUNK, FAILED, STARTED, TEXT, WHOLE, Event, first_choice_text, to_json
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT = b":\n\n"
@@ -21,7 +21,7 @@ def encode(event: Event) -> bytes:
         # The stored value is a JSON string already: it goes out as it came, on one line.
         return b'id: %d-%d\nevent: chunk\ndata: {"text":%b}\n\n' % (*event.cursor, event.data)
     if event.kind == WHOLE:
-        return _frame(_whole(event), "chunk", str(event.cursor))
+        return _frame(_whole(event), CHUNK, str(event.cursor))
     if event.kind == STARTED:
         value = event.value()
         data = to_json({"attempt": value["attempt"], "model": value["model"]})
