@@ -1,5 +1,6 @@
 """The AI SDK's chat API: for useChat with its default transport, unmodified."""
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -13,7 +14,8 @@ from api.feed import Feed
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
-from api.viewer import Viewer
+from api.viewer import Viewer, Words
+from api.wires import native
 from api.wires import ui_messages as codec
 from relay.errors import StreamGone
 from relay.ids import alias_of
@@ -23,26 +25,31 @@ class UIMessageViewer(Viewer):
     """The answer as one UI message. It speaks before the answer does, so a failure is told in band:
     there it is one sentence, while of an error status the client shows the body."""
 
-    media_type = codec.MEDIA_TYPE
     wire = staticmethod(codec.encoder)
 
-    def __init__(self, parts: Parts, feed: Feed, message_id: str, **options: Any) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        feed: Feed,
+        message_id: str,
+        on_leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.words = Words(
+            media_type=codec.MEDIA_TYPE,
+            first=codec.encode_start(message_id),
+            heartbeat=native.HEARTBEAT,
+            notice=native.comment,
+            gone=lambda gone: codec.encode_error(gone.message),
+            last=bytes,  # A clean end it would take for the whole answer.
+        )
         super().__init__(
             parts.hub,
             feed,
             None,
             **parts.pace,
             headers={**codec.HEADERS, "x-stream-id": feed.stream_id},
-            **options,
+            on_leave=on_leave,
         )
-        self.first_words = codec.encode_start(message_id)
-
-    def _tell_gone(self, gone: StreamGone) -> bytes:
-        return codec.encode_error(gone.message)
-
-    def _last_words(self) -> bytes:
-        # The client takes a clean end for the whole answer: it must find the connection broken.
-        return b""
 
 
 class Refused(BaseModel):

@@ -20,9 +20,10 @@ from api.openai_errors import (
     unknown_model,
 )
 from api.parts import PartsOfApp
+from api.viewer import Words
 from api.waiting import when_ended
 from api.wires import chat_completions as codec
-from relay.errors import StreamGone
+from api.wires import native
 from relay.events import CANCELLED, to_json
 
 router = APIRouter(prefix="/v1")
@@ -32,20 +33,21 @@ class ChatCompletionViewer(HeldViewer):
     """The stream of a chat completion. A new attempt cannot be told in it, so then it ends in an
     error; the answer goes on, under its X-Stream-Id."""
 
-    media_type = codec.MEDIA_TYPE
     wire = staticmethod(codec.encoder)
+    words = Words(
+        media_type=codec.MEDIA_TYPE,
+        first=b"",
+        heartbeat=native.HEARTBEAT,
+        notice=native.comment,
+        gone=codec.encode_gone,
+        last=bytes,
+    )
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         try:
             await super()._follow(send, over)
         except Superseded:
             await self._write(send, codec.encode_error(codec.INTERRUPTED))
-
-    def _tell_gone(self, gone: StreamGone) -> bytes:
-        return codec.encode_error({"code": gone.code, "message": gone.message})
-
-    def _last_words(self) -> bytes:
-        return b""
 
     def _failed(self) -> Response:
         return failed(self._feed)

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.long_response import BrokenOff, Exit
 from api.problems import problem
-from api.viewer import Viewer
+from api.viewer import Viewer, Words
 from api.wires import text
 from relay.errors import StreamGone
 from relay.events import CANCELLED, FAILED, STARTED, TEXT, WHOLE, Event
@@ -21,7 +21,6 @@ class HeldViewer(Viewer):
     """A wire whose status and headers wait for its first words, so that an answer which ends before
     them is an error by its status. What it has said cannot be taken back."""
 
-    first_words = b""
     rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
     _silent = 0
@@ -97,6 +96,10 @@ class HeldViewer(Viewer):
         raise NotImplementedError
 
 
+def _break_off(_: StreamGone) -> bytes:
+    raise BrokenOff
+
+
 class TextViewer(HeldViewer):
     """The text wire.
 
@@ -106,9 +109,15 @@ class TextViewer(HeldViewer):
     text, the response is a problem.
     """
 
-    media_type = text.MEDIA_TYPE
     wire = staticmethod(text.encoder)
-    heartbeat = b""
+    words = Words(
+        media_type=text.MEDIA_TYPE,
+        first=b"",
+        heartbeat=b"",
+        notice=lambda _: b"",
+        gone=_break_off,
+        last=bytes,
+    )
 
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
@@ -119,15 +128,6 @@ class TextViewer(HeldViewer):
 
     def _breaks(self, event: Event) -> bool:
         return event.kind in {FAILED, CANCELLED} or super()._breaks(event)
-
-    def _tell_gone(self, gone: StreamGone) -> bytes:
-        raise BrokenOff
-
-    def _comment(self, notice: bytes) -> bytes:
-        return b""
-
-    def _last_words(self) -> bytes:
-        return b""
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
         return problem(status, code, detail)

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import BYTES_AT_ONCE, Feed, any_changed
 from api.hub import Hub
-from api.long_response import RETRY_MS, Exit, LongResponse
+from api.long_response import RETRY_MS, Exit, LongResponse, come_back
 from api.wires import multiplexed, native
 from relay.errors import StreamGone
 from relay.events import Cursor
@@ -125,6 +125,9 @@ class MultiViewer(LongResponse):
             room -= len(parts[-1])
             self._turns.rotate(-1)
         return b"".join(parts)
+
+    def _last_words(self) -> bytes:
+        return come_back()
 
     async def _wait(self, send: Send, over: asyncio.Future[Exit]) -> None:
         feeds = [lane.feed for lane in self._lanes if not lane.over]

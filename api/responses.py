@@ -20,11 +20,12 @@ from api.long_response import Exit
 from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
-from api.viewer import Viewer
+from api.viewer import Viewer, Words
 from api.waiting import until_begun, until_ended, when_ended
+from api.wires import native
 from api.wires import responses as codec
-from api.wires.chat_completions import encode_error
-from relay.errors import StreamGone, StreamUnknown
+from api.wires.chat_completions import encode_gone
+from relay.errors import StreamUnknown
 from relay.events import to_json
 from relay.ids import is_stream_id
 
@@ -39,8 +40,14 @@ class ResponseViewer(Viewer):
     counted from there. What is skipped is not written.
     """
 
-    media_type = codec.MEDIA_TYPE
-    first_words = b""
+    words = Words(
+        media_type=codec.MEDIA_TYPE,
+        first=b"",
+        heartbeat=native.HEARTBEAT,
+        notice=native.comment,
+        gone=encode_gone,
+        last=bytes,  # The SDK takes `retry:` alone for an event, and finds no JSON in it.
+    )
 
     def __init__(
         self,
@@ -86,13 +93,6 @@ class ResponseViewer(Viewer):
     def _unseen(self, body: bytes) -> bytes:
         unseen, self._skip = codec.after(body, self._skip)
         return unseen
-
-    def _tell_gone(self, gone: StreamGone) -> bytes:
-        return encode_error({"code": gone.code, "message": gone.message})
-
-    def _last_words(self) -> bytes:
-        # The SDK takes `retry:` alone for an event, and finds no JSON in it.
-        return b""
 
 
 def _refusal(status: int, code: str, message: str) -> Response:

@@ -17,7 +17,7 @@ from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
-from api.viewer import NotNow, Viewer
+from api.viewer import NativeViewer, NotNow, Viewer
 from api.wires import multiplexed, native, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
@@ -173,7 +173,7 @@ async def several(
     try:
         lanes = [await _lane(watching, *pair) for pair in zip(stream_ids, places, strict=True)]
     except RedisError:
-        if _viewer_for(accept) is Viewer:
+        if _viewer_for(accept) is NativeViewer:
             return NotNow(headers=HEADERS)
         raise
     if all(lane.over for lane in lanes):
@@ -232,12 +232,12 @@ async def events(
     try:
         feed = await watching.feed(stream_id)
     except RedisError:
-        if viewer is Viewer:
+        if viewer is NativeViewer:
             return NotNow(headers=HEADERS)
         raise
     if feed.ended and cursor is not None and cursor == feed.top:
         return Response(status_code=204)
-    viewer = viewer or Viewer
+    viewer = viewer or NativeViewer
     return viewer(
         parts.hub,
         feed,
@@ -308,7 +308,7 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
 
 
-_VIEWERS = {"application/json": None, native.MEDIA_TYPE: Viewer, text.MEDIA_TYPE: TextViewer}
+_VIEWERS = {"application/json": None, native.MEDIA_TYPE: NativeViewer, text.MEDIA_TYPE: TextViewer}
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

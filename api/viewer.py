@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,16 +16,30 @@ from relay.errors import StreamGone
 from relay.events import STARTED, TEXT, WHOLE, Cursor
 
 
+class Words(NamedTuple):
+    """What a wire says beside its events. Nothing has a default: what is left out would be in the
+    words of another wire."""
+
+    media_type: str
+    first: bytes
+    """Before all else."""
+    heartbeat: bytes
+    notice: Callable[[bytes], bytes]
+    """That of one line of text, which is no event."""
+    gone: Callable[[StreamGone], bytes]
+    """Raises BrokenOff where there are no words for it."""
+    last: Callable[[], bytes]
+    """To one that is sent away, before its response is broken off."""
+
+
 class Viewer(LongResponse):
-    """The native wire. Takes all frames since its cursor and writes them as one body message.
+    """Takes all frames since its cursor and writes them as one body message.
 
     It ends after the terminal event and when the log is gone, which it says in band.
     """
 
-    media_type = native.MEDIA_TYPE
-    wire: Wire = staticmethod(native.encoder)
-    heartbeat = native.HEARTBEAT
-    first_words = native.retry(RETRY_MS)
+    wire: Wire
+    words: Words
     rides_on = frozenset({STARTED, TEXT, WHOLE})
     """The kinds of events whose frames are to be written as they are."""
 
@@ -40,6 +55,7 @@ class Viewer(LongResponse):
         headers: dict[str, str] | None = None,
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self.media_type = self.words.media_type
         super().__init__(
             hub, write_seconds=write_seconds, drain_seconds=drain_seconds, headers=headers
         )
@@ -62,12 +78,12 @@ class Viewer(LongResponse):
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         """Write the feed from the cursor on, until its end or until the viewer must go."""
-        words = self.first_words  # In one write with what follows: each wakes the client.
+        words = self.words.first  # In one write with what follows: each wakes the client.
         feed = self._feed
         index = None
         while True:
             if feed.gone is not None:
-                await self._write(send, words + self._tell_gone(feed.gone))
+                await self._write(send, words + self.words.gone(feed.gone))
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
                 index = feed.position(self._cursor)
@@ -88,12 +104,13 @@ class Viewer(LongResponse):
             elif self._line is not None and index is not None and self._rides():
                 index = await self._ride(send, self._line, over)
             elif not await feed.changed(self._heartbeat_seconds, unless=over):
-                await self._write(send, self.heartbeat)
+                await self._write(send, self.words.heartbeat)
 
     async def _ride(self, send: Send, line: Line, over: asyncio.Future[Exit]) -> int:
         """Let the feed write what comes for as long as that is all there is to do."""
+        heartbeat = self.words.heartbeat
         index = await self._feed.ride(
-            self.wire, line, self.heartbeat, self._heartbeat_seconds, self.rides_on, unless=over
+            self.wire, line, heartbeat, self._heartbeat_seconds, self.rides_on, unless=over
         )
         if line.full:
             await self._until_taken(send)
@@ -112,13 +129,24 @@ class Viewer(LongResponse):
         """What the feed has told since this viewer came or was last told."""
         fresh = self._feed.notices[self._noticed :]
         self._noticed += len(fresh)
-        return b"".join(self._comment(notice) for notice in fresh)
+        return b"".join(self.words.notice(notice) for notice in fresh)
 
-    def _comment(self, notice: bytes) -> bytes:
-        return native.comment(notice)
+    def _last_words(self) -> bytes:
+        return self.words.last()
 
-    def _tell_gone(self, gone: StreamGone) -> bytes:
-        return native.encode_gone(gone)
+
+class NativeViewer(Viewer):
+    """The native wire."""
+
+    wire = staticmethod(native.encoder)
+    words = Words(
+        media_type=native.MEDIA_TYPE,
+        first=native.retry(RETRY_MS),
+        heartbeat=native.HEARTBEAT,
+        notice=native.comment,
+        gone=native.encode_gone,
+        last=come_back,
+    )
 
 
 class NotNow(Response):

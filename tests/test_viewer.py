@@ -12,7 +12,7 @@ from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
 from api.held_viewer import TextViewer
 from api.hub import Hub
 from api.multi_viewer import Lane, MultiViewer
-from api.viewer import Viewer
+from api.viewer import NativeViewer
 from relay.errors import StreamGone
 from relay.events import (
     CANCELLED,
@@ -80,8 +80,8 @@ def viewer(
     heartbeat_seconds: float = 60,
     write_seconds: float = 60,
     drain_seconds: float = 0,
-) -> Viewer:
-    return Viewer(
+) -> NativeViewer:
+    return NativeViewer(
         hub,
         log.feed,
         None,
@@ -223,7 +223,7 @@ async def test_one_that_left_is_asked_about_unless_the_stream_had_ended(hub: Hub
     for ended in (False, True):
         log = Log()
         log.add(STARTS)
-        leaving = Viewer(
+        leaving = NativeViewer(
             hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, on_leave=on_leave
         )
         async with viewing(leaving) as taker:
@@ -261,7 +261,9 @@ async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:
         left.set()
 
     log = Log()
-    stuck = Viewer(hub, log.feed, None, heartbeat_seconds=60, write_seconds=0.05, on_leave=on_leave)
+    stuck = NativeViewer(
+        hub, log.feed, None, heartbeat_seconds=60, write_seconds=0.05, on_leave=on_leave
+    )
     async with viewing(stuck) as taker:
         await taker.has(b"queued")
         taker.reading.clear()
@@ -387,7 +389,7 @@ async def test_one_that_leaves_a_draining_process_has_left_and_one_sent_away_has
 
     log = Log()
     log.add(STARTS)
-    watching = Viewer(
+    watching = NativeViewer(
         hub,
         log.feed,
         None,
@@ -428,7 +430,7 @@ async def test_a_notice_is_a_comment_once_for_each_that_is_there_and_no_event(hu
 
 async def test_a_notice_comes_though_the_cursor_is_not_yet_reached(hub: Hub) -> None:
     log = Log()
-    ahead = Viewer(hub, log.feed, Cursor(1, 5), heartbeat_seconds=60, write_seconds=60)
+    ahead = NativeViewer(hub, log.feed, Cursor(1, 5), heartbeat_seconds=60, write_seconds=60)
     async with viewing(ahead) as taker:
         await taker.has(b"retry")
         log.feed.notice(b"Redis is away")

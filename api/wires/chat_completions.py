@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from relay.chunks import Chunk, Expander
+from relay.errors import StreamGone
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Event, join_text, to_json
 
 MEDIA_TYPE = "text/event-stream"
@@ -69,6 +70,10 @@ class _Encoder:
 def encode_error(value: dict[str, Any]) -> bytes:
     """How this wire says in the middle of a stream that it will not be finished."""
     return _frame({"error": error(value["code"], value["message"])})
+
+
+def encode_gone(gone: StreamGone) -> bytes:
+    return encode_error({"code": gone.code, "message": gone.message})
 
 
 def error(code: str, message: str, *, param: str | None = None, status: int = 500) -> Chunk:
