@@ -38,7 +38,7 @@ class Presence:
             if not news:
                 continue
             with suppress(RedisError):  # The next round says it again.
-                await self._log.report_viewers(self._process, news, time.time())
+                await self._log.report_viewers(self._process, news)
                 self._reported = counts
                 self._refreshed = time.monotonic() if refresh else self._refreshed
 
@@ -48,13 +48,9 @@ class Presence:
             return  # It stops counting by itself, and the end must not wait for Redis.
         gone = dict.fromkeys(self._reported.keys() | self._hub.viewers().keys(), 0)
         with suppress(RedisError):
-            await self._log.report_viewers(self._process, gone, time.time())
+            await self._log.report_viewers(self._process, gone)
 
     def total(self, stream_id: str, state: State) -> int:
         """All viewers of a stream: those here, exactly, and those that others reported."""
-        others = sum(
-            count
-            for process, (count, seconds) in state.viewers.items()
-            if process != self._process and time.time() - seconds < VIEWERS_SECONDS
-        )
+        others = sum(n for process, n in state.viewers.items() if process != self._process)
         return others + self._hub.viewers().get(stream_id, 0)

@@ -90,8 +90,8 @@ class State(NamedTuple):
     ended_ms: int | None
     place: int | None
     """1 is next; None once a worker has it."""
-    viewers: dict[str, tuple[int, float]]
-    """API process -> number of viewers, Unix seconds of that report."""
+    viewers: dict[str, int]
+    """API process -> its number of viewers, if its report still counts."""
 
 
 class Load(NamedTuple):
@@ -234,10 +234,12 @@ class Log:
                 ["claims", "created_ms", "started_ms", "ended_ms", "ended", "owner"],
             )
             pipe.hgetall(keys.viewers(stream_id))
+            pipe.time()
             (
                 rank,
                 (claims, created, started, ended_ms, ended, owner),
-                viewers,
+                reports,
+                time,
             ) = await pipe.execute()
         if claims is None:
             raise StreamGone(GONE)
@@ -249,7 +251,7 @@ class Log:
             started_ms=int(started) if started else None,
             ended_ms=int(ended_ms) if ended_ms else None,
             place=rank + 1 if rank is not None and status == "queued" else None,
-            viewers={process.decode(): _report(report) for process, report in viewers.items()},
+            viewers=_watching(reports, time),
         )
 
     async def load(self) -> Load:
@@ -326,14 +328,14 @@ class Log:
         if not there:
             raise StreamGone(GONE)
 
-    async def report_viewers(self, process: str, counts: dict[str, int], now_s: float) -> None:
-        """Note how many viewers this process has on each stream at this Unix time; 0 withdraws the
-        note."""
+    async def report_viewers(self, process: str, counts: dict[str, int]) -> None:
+        """Note how many viewers this process has on each stream now; 0 withdraws the note."""
+        seconds, _ = await self._redis.time()  # Redis' clock: those of two hosts may differ.
         async with self._redis.pipeline(transaction=False) as pipe:
             for stream_id, count in counts.items():
                 key = keys.viewers(stream_id)
                 if count:
-                    pipe.hset(key, process, json.dumps([count, now_s]))
+                    pipe.hset(key, process, json.dumps([count, seconds]))
                     pipe.expire(key, VIEWERS_SECONDS)
                 else:
                     pipe.hdel(key, process)
@@ -387,6 +389,8 @@ def _seconds_since(moment_ms: bytes | float | None, time: tuple[int, int]) -> fl
     return max(0.0, seconds + micros / 1e6 - float(moment_ms) / 1000)
 
 
-def _report(report: bytes) -> tuple[int, float]:
-    count, seconds = json.loads(report)
-    return count, seconds
+def _watching(reports: dict[bytes, bytes], time: tuple[int, int]) -> dict[str, int]:
+    """Those of the reports that still count, at a time as Redis tells it."""
+    read = {process.decode(): json.loads(report) for process, report in reports.items()}
+    oldest = time[0] - VIEWERS_SECONDS
+    return {process: count for process, (count, seconds) in read.items() if seconds > oldest}

@@ -535,7 +535,7 @@ OF_NO_STREAM = {keys.WAKE, keys.SWEPT, keys.ENDED}
 @pytest.mark.parametrize("age", ["queued", "running", "ended"])
 async def test_an_erased_stream_leaves_no_trace(redis: Redis, log: Log, age: str) -> None:
     stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")).stream_id
-    await log.report_viewers("api", {stream_id: 1}, 1.0)
+    await log.report_viewers("api", {stream_id: 1})
     if age != "queued":
         await append(log, await claim_one(redis), 0, BEGIN + (END if age == "ended" else []))
     async with redis.pubsub() as pubsub:
@@ -610,10 +610,23 @@ async def test_an_erase_in_the_midst_of_a_read_is_no_empty_log(redis: Redis, log
 
 async def test_each_process_reports_its_viewers(redis: Redis, log: Log) -> None:
     stream_id = (await log.create(REQUEST)).stream_id
-    await log.report_viewers("one", {stream_id: 2}, 10.5)
-    await log.report_viewers("two", {stream_id: 1}, 11.5)
-    await log.report_viewers("one", {stream_id: 3}, 12.5)
-    assert (await log.state(stream_id)).viewers == {"one": (3, 12.5), "two": (1, 11.5)}
+    await log.report_viewers("one", {stream_id: 2})
+    await log.report_viewers("two", {stream_id: 1})
+    await log.report_viewers("one", {stream_id: 3})
+    assert (await log.state(stream_id)).viewers == {"one": 3, "two": 1}
     assert 0 < await redis.ttl(keys.viewers(stream_id)) <= VIEWERS_SECONDS
-    await log.report_viewers("one", {stream_id: 0}, 13.5)
-    assert (await log.state(stream_id)).viewers == {"two": (1, 11.5)}
+    await log.report_viewers("one", {stream_id: 0})
+    assert (await log.state(stream_id)).viewers == {"two": 1}
+
+
+async def test_a_report_of_viewers_counts_for_a_minute_of_redis_own_clock(
+    redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 0.0)  # Of a host whose clock is wrong.
+    stream_id = (await log.create(REQUEST)).stream_id
+    await log.report_viewers("here", {stream_id: 1})
+    now, _ = await redis.time()
+    reports = {"dead": f"[9, {now - 61}]", "alive": f"[9, {now - 55}]"}
+    noted: Any = redis.hset(keys.viewers(stream_id), mapping=reports)
+    await noted
+    assert (await log.state(stream_id)).viewers == {"here": 1, "alive": 9}

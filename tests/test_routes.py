@@ -16,8 +16,9 @@ from api.chat_request import ChatRequest
 from api.openai_errors import STATUSES
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
+from relay import keys
 from relay.ids import new_stream_id
-from relay.log import Log
+from relay.log import VIEWERS_SECONDS, Log
 from relay.settings import MIB, Settings
 from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
 from tests.test_hub import Writer
@@ -629,6 +630,10 @@ async def test_a_process_that_ends_in_good_order_counts_no_longer(
 async def test_a_process_that_died_stops_counting(settings: Settings, redis: Redis) -> None:
     async with running_api(settings) as api:
         stream_id = await ask(api)
-        log = make_log(redis)
-        await log.report_viewers("dead", {stream_id: 9}, now_s=0)
+        await make_log(redis).report_viewers("dead", {stream_id: 9})
+        assert await viewers(api, stream_id) == 9
+        seconds, _ = await redis.time()
+        long_ago = f"[9, {seconds - VIEWERS_SECONDS - 1}]"
+        noted: Any = redis.hset(keys.viewers(stream_id), "dead", long_ago)
+        await noted
         assert await viewers(api, stream_id) == 0
