@@ -216,8 +216,8 @@ class Reasoning(_Known):
 class ResponsesRequest(_Known):
     """The body of POST /v1/responses. `store` and `metadata` are for this server, which keeps every
     response for a while and does not tell metadata again: the model service hears of neither.
-    What frameworks send by themselves, and what changes nothing here, is taken (`include`,
-    `truncation`, `store`)."""
+    `include` and `truncation` are taken as frameworks send them by themselves; it changes nothing.
+    """
 
     model: str = Field(description="One of GET /v1/models.")
     input: Input

@@ -64,10 +64,8 @@ class RedisServer:
             return
         # An older Redis does not see the log files of Redis 7 and would start empty, silently.
         # Not by Path, which raises where the folder may not be looked into: the lock tells of that.
-        if os.path.exists(self.data / "appendonlydir") and (version := _version(self.binary)) < (
-            7,
-            0,
-        ):
+        of_redis_7 = os.path.exists(self.data / "appendonlydir")
+        if of_redis_7 and (version := _version(self.binary)) < (7, 0):
             if not version:
                 raise ConfigurationError(
                     f"{self.binary} does not tell its version as a redis-server does: "
