@@ -22,8 +22,8 @@ class Lane:
 
     def __init__(self, feed: Feed, cursor: Cursor | None) -> None:
         self.feed = feed
-        self.cursor = cursor
         self.told_gone = False
+        self._go_to(cursor)
         self._index: int | None = None
         self._noticed = len(feed.notices)
 
@@ -32,12 +32,18 @@ class Lane:
         feed = Feed(stream_id)
         feed.end_as_gone(gone)
         lane = cls(feed, None)
-        lane.told_gone = told
+        if told:
+            lane._go_to_the_end()
         return lane
 
-    @property
-    def place(self) -> multiplexed.Place:
-        return multiplexed.TOLD_GONE if self.told_gone else self.cursor
+    def _go_to(self, cursor: Cursor | None) -> None:
+        self.cursor = cursor
+        # Kept as its text: each event of a lane has the places of all.
+        self.place = multiplexed.text_of(cursor)
+
+    def _go_to_the_end(self) -> None:
+        self.told_gone = True
+        self.place = multiplexed.TOLD_GONE
 
     @property
     def over(self) -> bool:
@@ -59,7 +65,7 @@ class Lane:
                 if room <= 0:
                     break
                 self._index += 1
-                self.cursor = event.cursor
+                self._go_to(event.cursor)
                 places = [lane.place for lane in lanes]
                 parts.append(multiplexed.encode(event, self.feed.stream_id, places))
                 room -= len(parts[-1])
@@ -68,7 +74,7 @@ class Lane:
     def _tell_gone(self, gone: StreamGone, lanes: Sequence["Lane"]) -> bytes:
         if self.told_gone:
             return b""
-        self.told_gone = True
+        self._go_to_the_end()
         places = [lane.place for lane in lanes]
         return multiplexed.encode_gone(gone, self.feed.stream_id, places)
 

@@ -5,7 +5,7 @@ with dots between, nothing where a stream has none yet: `1-57..3-2`, and `x` whe
 the stream is gone: `1-57.x.3-2`. `data:` names the stream first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final, Literal
 
 from api.wires import native
@@ -17,18 +17,22 @@ Place = Cursor | Literal["x"] | None
 """Where a viewer is in one of its streams."""
 
 
-def encode(event: Event, stream_id: str, places: Sequence[Place]) -> bytes:
-    """`places` are those that a viewer has once it has this event."""
+def encode(event: Event, stream_id: str, places: Iterable[str]) -> bytes:
+    """`places` are those that a viewer has once it has this event, each as its text."""
     return _named(native.encode(event), stream_id, join(places))
 
 
-def encode_gone(error: RelayError, stream_id: str, places: Sequence[Place]) -> bytes:
+def encode_gone(error: RelayError, stream_id: str, places: Iterable[str]) -> bytes:
     """It has an id, unlike on the native wire: whoever comes back for others is not told again."""
     return _named(native.encode_gone(error), stream_id, join(places))
 
 
-def join(places: Sequence[Place]) -> str:
-    return ".".join(str(place) if place else "" for place in places)
+def text_of(place: Place) -> str:
+    return str(place) if place else ""
+
+
+def join(places: Iterable[str]) -> str:
+    return ".".join(places)
 
 
 def split(text: str, count: int) -> list[Place]:
