@@ -142,7 +142,7 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     asked = body.to_asked()
     if body.background and not body.stream:
         return await _now(parts, (await asking.create(asked, "responses")).stream_id)
-    if not body.stream:
+    if not body.background:
         asking.must_stay()
     feed = await asking.begin(asked, "responses")
     born = replace(await _born(parts, feed.stream_id), format=body.format_type)

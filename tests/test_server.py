@@ -642,6 +642,7 @@ async def asked_while_draining(
         ("/v1/chat/completions", COMPLETION, "*/*"),
         ("/v1/chat/completions", {**COMPLETION, "stream": True}, "*/*"),
         ("/v1/responses", RESPONSE, "*/*"),
+        ("/v1/responses", {**RESPONSE, "stream": True}, "*/*"),
         ("/api/chat", CHAT, "*/*"),
     ],
 )
@@ -661,7 +662,7 @@ async def test_a_draining_process_has_no_answer_made_that_it_could_not_give(
         ("/chat", HELLO, "*/*"),
         ("/chat", HELLO, "text/event-stream"),
         ("/v1/responses", {**RESPONSE, "background": True}, "*/*"),
-        ("/v1/responses", {**RESPONSE, "stream": True}, "*/*"),
+        ("/v1/responses", {**RESPONSE, "background": True, "stream": True}, "*/*"),
     ],
 )
 async def test_a_draining_process_takes_what_is_to_be_had_from_another(
