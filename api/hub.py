@@ -38,7 +38,7 @@ REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it is 
 
 class Hub:
     """Guarantees: every feed that it gives out grows to be the whole log, without a gap, also
-    across lost connections to Redis, or ends as gone. A viewer costs Redis nothing.
+    across lost connections to Redis, or ends as gone. A further viewer costs Redis nothing.
     """
 
     def __init__(self, redis: Redis, log: Log, *, cache_bytes: int, retention_seconds: int) -> None:

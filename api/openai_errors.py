@@ -23,7 +23,7 @@ STATUSES = {
     "upstream_timeout": 504,
     "upstream_unavailable": 503,
 }
-"""Of an answer that failed before its first chunk; any other code is 502."""
+"""Of an answer that failed before its first chunk, or is told as a whole; any other is 502."""
 
 
 class Detail(BaseModel):
@@ -50,7 +50,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     413: {"model": OpenAIError, "description": "The body is too large"},
     429: {"model": OpenAIError, "description": "The model service is at its limit"},
     500: {"model": OpenAIError, "description": "Something went wrong here"},
-    502: {"model": OpenAIError, "description": "The answer failed before its first chunk"},
+    502: {"model": OpenAIError, "description": "The answer failed, if streamed before it began"},
     503: {"model": OpenAIError, "description": "The queue is full or Redis is away"},
     504: {"model": OpenAIError, "description": "The model service fell silent, or took too long"},
 }

@@ -181,7 +181,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         415: "The body is not announced as JSON",
         422: "A field is missing, wrong or unknown; `errors` names it",
         502: "The answer failed before its first text",
-        503: "The queue is full or Redis is away; see Retry-After",
+        503: "Redis is away, the queue is full or this process shuts down; see Retry-After",
     }
     return {
         status: {"description": descriptions[status], "content": content} for status in statuses

@@ -224,7 +224,8 @@ async def events(
 ) -> Response:
     """Server-Sent Events from the newest `started`, or strictly after the cursor.
 
-    `started` means: clear what you have. It begins every replay and every new attempt.
+    `started` means: clear what you have. Each attempt that has begun begins with it, and with the
+    newest a replay.
     """
     given = last_event_id or last_event_id_in_query
     cursor = Cursor.parse(given) if given else None

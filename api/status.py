@@ -12,7 +12,7 @@ class StreamStatus(BaseModel):
     stream_id: str
     status: Literal["queued", "running", "completed", "failed", "cancelled"]
     text: str = Field(description="The text so far, of the newest attempt that has any.")
-    attempt: int = Field(description="How many times the job was taken up; 0 while it waits.")
+    attempt: int = Field(description="How many times the job was taken up so far.")
     place: int | None = Field(description="Place in the queue, 1 is next; null once it is taken.")
     viewers: int = Field(description="Who watches now, over all API processes.")
     model: str | None = None

@@ -38,8 +38,8 @@ async def spawn(
     cwd: Path | None = None,
     ended_by: signal.Signals = signal.SIGTERM,
 ) -> Process:
-    """Start a child that the terminal's Ctrl-C does not reach and that does not outlive us: when we
-    die it is sent `ended_by`."""
+    """Start a child that the terminal's Ctrl-C does not reach and that on Linux does not outlive
+    us: when we die it is sent `ended_by`."""
     return await asyncio.create_subprocess_exec(
         *argv,
         env=env,

@@ -37,7 +37,7 @@ class Claim:
     """The fencing token: above that of every earlier claim on this stream, also of one that Redis
     has forgotten. Dense it is not."""
     owner: str
-    """Names this one claim, in Redis and against every other."""
+    """Names the call that took it, and so this claim among all of its stream."""
     ordinal: int
     """Which claim on this stream it is, counted from 1; for people."""
     request: bytes

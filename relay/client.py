@@ -88,7 +88,8 @@ class Client:
         self._http.close()
 
     def ask(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Create a stream, once even if the reply was lost; returns its id. Raises Refused."""
+        """Create a stream, once even if the reply was lost; returns its id. Raises Refused or
+        Unreachable, as does every call."""
         key = {"idempotency-key": str(uuid.uuid4())}
         body = {"messages": messages, **options}
         return str(self._call("POST", "/chat", json=body, headers=key)["stream_id"])

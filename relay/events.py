@@ -33,7 +33,7 @@ class Cursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises MalformedCursor for anything that no log has ever handed out."""
+        """Raises MalformedCursor for what can be the id of no event."""
         match = _CURSOR.fullmatch(text)
         if match is None:
             raise MalformedCursor("A cursor is the id of an event, such as 1-57.")

@@ -14,13 +14,13 @@
 | relay:ended | hash | kind of terminal event -> how many streams have ended by it |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
-| relay:wake | list | a token per job that came since the queue was empty: nobody need poll |
+| relay:wake | list | a token per job since the queue was empty: it wakes a worker at once |
 | relay:health:{host} | string | arq's health report of a worker there, for half a minute |
 
 | field of state | written by | holds |
 |---|---|---|
-| request, recovery | create | the body as it came, until the end; `restart` or `fail` |
-| attempt | claim | fencing number of the latest attempt, 0 before the first |
+| request, recovery | create | what the model is asked, until the end; `restart` or `fail` |
+| attempt | claim | fencing number of the latest claim, 0 before the first |
 | next | claim, append | seq of that attempt's next entry |
 | owner | claim | the claim that may write; nobody once it is let go |
 | claims | claim | how often the job was claimed |

@@ -109,11 +109,12 @@ class Load(NamedTuple):
 
 
 class Log:
-    """Guarantees: entries stand in the order of their ids, each once; `append` is the only way in
-    after the birth; a closed log never grows again; an erased one stays erased.
+    """Guarantees: entries stand in the order of their ids, each once; after the birth they come by
+    `append`, or as an end that no worker wrote; a closed log never grows again; an erased one stays
+    erased.
 
     Every method may raise redis.exceptions.RedisError: nothing is known then, and the call may be
-    repeated.
+    repeated; `create` only under an Idempotency-Key, or there may be two.
     """
 
     def __init__(self, redis: Redis, *, live_ms: int, retention_ms: int, queue_limit: int) -> None:

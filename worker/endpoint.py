@@ -34,7 +34,7 @@ class Endpoint:
     """Sends requests that differ in their body alone."""
 
     def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
-        """Raises ConfigurationError if an extra is missing."""
+        """Raises ConfigurationError if an extra is missing, or a proxy is none of HTTP's."""
         own = None
         if not _is_proxied(upstream.base_url or "https://"):
             own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)

@@ -16,9 +16,9 @@ def delay_before(
 ) -> float:
     """Seconds before try `number`, 2 being the first retry; `chance` from 0 to 1.
 
-    What the other server asks for is kept, and up to a fifth is added so that those who were
-    refused together do not come back together. Without its word, the wait doubles, half of it by
-    chance.
+    What the other server asks for is kept, up to `most_seconds`, with up to a fifth more so that
+    those who were refused together do not come back together. Without its word, the wait doubles,
+    half of it by chance.
     """
     asked = _seconds(headers, "retry-after-ms", 0.001)
     if asked is None:

@@ -1,4 +1,4 @@
--- The only way into logs once they are born: what several attempts append, each in one atom.
+-- The way of a worker into logs: what several attempts append, each in one atom.
 -- ARGV: log, state, channel and job key pattern, leases, webhooks and ended key, retention_ms, then
 --       for each attempt its stream, number, owner, first seq, terminal kind or '', number of entries
 --       and the kind and data of each
