@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import hypothesis
@@ -37,6 +37,7 @@ from worker.claiming import ClaimingWorker
 from worker.main import create_worker
 
 ROOT = Path(__file__).parent.parent
+T = TypeVar("T")
 
 # By a clock no example is wrong: a busy machine may stand still within any, and in a fresh clone
 # the first one waits for the tables of Unicode.
@@ -317,6 +318,17 @@ async def watch(
                 if watching is not None:
                     watching.set()
     return events
+
+
+async def until_broken_off(arriving: AsyncIterator[T]) -> list[T]:
+    """What still came on a connection that did not get its proper end."""
+    came = []
+    try:
+        async for each in arriving:
+            came.append(each)
+    except httpx2.RemoteProtocolError:
+        return came
+    pytest.fail("It ended as if that had been all.")
 
 
 def text_of(events: list[httpx2.ServerSentEvent]) -> str:

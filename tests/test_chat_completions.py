@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from api.chat_request import ChatCompletionRequest
+from api.feed import Feed
+from api.openai_errors import failed
 from cli.redis_server import RedisServer
 from emulator.app import Emulator
 from emulator.script import prompt
+from relay.events import FAILED, Cursor, Event, to_json
 from relay.settings import Settings
 from tests.conftest import changed, running_api, running_worker, stack_settings, text_of, watch
 from tests.corpus import CORPUS
@@ -58,9 +62,9 @@ def question(**script: Any) -> Any:
 
 
 def same(given: Any) -> Any:
-    """What must be equal: all but ids and times, which are of each request."""
+    """What must be equal: all, but that ids and times, which are of each request, are told."""
     data = given.model_dump(exclude_unset=True)
-    return {key: value for key, value in data.items() if key not in {"id", "created"}}
+    return data | {key: bool(data.get(key)) for key in ("id", "created")}
 
 
 async def streamed(sdk: AsyncOpenAI, script: Any, options: Any) -> list[Any]:
@@ -160,15 +164,22 @@ async def test_the_same_answer_is_watched_and_resumed_natively(
     assert await watch(stack, stream_id, after=middle.id) == whole[11:]
 
 
+@pytest.mark.parametrize(
+    ("headers", "script", "outcome"),
+    [
+        ({"x-on-disconnect": "cancel"}, {"chunks": 1, "end": "stall"}, "disconnected"),
+        ({}, {"chunks": 40, "delay_ms": 10}, "completed"),
+    ],
+)
 async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
-    sdk: AsyncOpenAI, emulator: Emulator
+    sdk: AsyncOpenAI, emulator: Emulator, headers: Any, script: Any, outcome: str
 ) -> None:
     for streams in (True, False):
         asking = sdk.chat.completions.create(
             model=MODEL,
-            messages=question(chunks=1, end="stall"),
+            messages=question(**script),
             stream=streams,
-            extra_headers={"x-on-disconnect": "cancel"},
+            extra_headers=headers,
         )
         number = emulator.total
         running = asyncio.create_task(leave(asking, streams=streams))
@@ -177,7 +188,7 @@ async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
             running.cancel()
         async with asyncio.timeout(5):
             await record.over.wait()
-        assert record.outcome == "disconnected"
+        assert record.outcome == outcome
 
 
 async def leave(asking: Any, *, streams: bool) -> None:
@@ -210,6 +221,27 @@ async def test_an_answer_that_fails_before_its_first_chunk_is_an_error_by_its_st
         await sdk.chat.completions.create(model=MODEL, messages=question(**script), stream=streams)
     assert raised.value.code == code
     assert raised.value.response.headers["x-stream-id"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("answer_timeout", 504),
+        ("content_filter", 400),
+        ("internal", 500),
+        ("interrupted", 503),
+        ("upstream_denied", 502),
+        ("upstream_rate_limited", 429),
+        ("upstream_refused", 400),
+        ("upstream_timeout", 504),
+        ("upstream_unavailable", 503),
+    ],
+)
+def test_a_failure_has_the_status_that_openai_has_for_it(code: str, status: int) -> None:
+    feed = Feed("id")
+    value = {"code": code, "message": "It failed.", "retryable": True}
+    feed.add([Event(Cursor(1, 0), FAILED, to_json(value))], read=True)
+    assert failed(feed).status_code == status
 
 
 @pytest.mark.parametrize(("status", "retried"), [(429, True), (503, True), (401, False)])
@@ -301,6 +333,20 @@ async def test_an_answer_that_fails_in_the_middle_is_an_error_and_no_end(sdk: As
     )
     text, code = await taken(stream)
     assert (text, code) == ("0 1 2 ", "upstream_incomplete")
+
+
+async def test_a_cancelled_answer_is_an_error_and_no_end(stack: httpx2.AsyncClient) -> None:
+    asked = {"model": MODEL, "messages": question(chunks=1, end="stall")}
+    to: Any = {"url": "/v1/chat/completions", "headers": {"idempotency-key": "k"}}
+    async with stack.stream("POST", **to, json={**asked, "stream": True}) as response:
+        await stack.post(f"/streams/{response.headers['x-stream-id']}/cancel")
+        lines = [line async for line in response.aiter_lines() if line]
+    whole = await stack.post(**to, json=asked)
+    assert "data: [DONE]" not in lines
+    assert whole.status_code == 400
+    for told in (json.loads(lines[-1].removeprefix("data: ")), whole.json()):
+        assert told["error"]["code"] == "cancelled"
+        assert told["error"]["message"].endswith(".")
 
 
 async def taken(stream: Any) -> tuple[str, str | None]:

@@ -21,7 +21,7 @@ from tests.corpus import CORPUS
 from tests.test_ai_sdk import CLIENTS, Chat, Part, chat, clients
 from tests.test_chat_completions import MODEL, question, streamed
 
-ENVELOPE = {"object", "model", "system_fingerprint", "service_tier"}
+ENVELOPE = {"id", "object", "created", "model", "system_fingerprint", "service_tier"}
 """The native wires tell the model once, in `started`, and the rest of this not at all."""
 NO_OPTIONS = [name for name, (_, options) in CORPUS.items() if not {"n", "logprobs"} & set(options)]
 """There is one choice and no logprobs in a response, and in a message of the AI SDK."""

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import socket
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.conftest import (
     running_worker,
     text_of,
     until,
+    until_broken_off,
     watch,
 )
 from tests.test_ai_sdk import chatting
@@ -68,6 +68,9 @@ async def test_the_status_tells_what_there_is(stack: httpx2.AsyncClient) -> None
     assert told["place"] is None
     assert told["model"] == "demo"
     assert told["finish_reason"] == "stop"
+    ending = events[-1].json()
+    assert isinstance(ending, dict)
+    assert (told["usage"], told["error"]) == (ending["usage"], None)
     assert told["last_event_id"] == events[-1].id
     times = [told[name] for name in ("created_ms", "first_chunk_ms", "ended_ms")]
     assert times == sorted(times, key=lambda ms: int(str(ms)))
@@ -160,19 +163,6 @@ async def test_the_answer_outlives_the_connection_that_asked_for_it(
     events = await watch(stack, stream_id)
     assert text_of(events) == FIFTY
     assert emulator.total == 1
-
-
-async def until_broken_off(
-    arriving: AsyncIterator[httpx2.ServerSentEvent],
-) -> list[httpx2.ServerSentEvent]:
-    """What still came on a connection that did not get its proper end."""
-    events = []
-    try:
-        async for event in arriving:
-            events.append(event)
-    except httpx2.RemoteProtocolError:
-        return events
-    pytest.fail("It ended as if that had been all.")
 
 
 async def test_viewers_live_through_a_restart_of_the_api(settings: Settings) -> None:
@@ -361,10 +351,12 @@ async def test_an_operator_is_told_that_an_end_was_asked_for_in_whatever_way(
 async def test_a_failing_upstream_ends_the_stream_with_a_code(
     stack: httpx2.AsyncClient, script: dict[str, object], code: str
 ) -> None:
-    events = await watch(stack, await ask(stack, **script))
+    stream_id = await ask(stack, **script)
+    events = await watch(stack, stream_id)
     ending = events[-1].json()
     assert isinstance(ending, dict)
     assert (events[-1].event, ending["code"]) == ("failed", code)
+    assert (await status(stack, stream_id))["error"] == ending
 
 
 async def test_a_late_filter_changes_the_finish_reason(stack: httpx2.AsyncClient) -> None:

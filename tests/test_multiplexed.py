@@ -1,6 +1,7 @@
 """Several streams on one connection, to the ends of all."""
 
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx2
@@ -12,7 +13,7 @@ from relay.errors import MalformedCursor, StreamGone
 from relay.events import Cursor, Event
 from relay.ids import new_stream_id
 from relay.settings import Settings
-from tests.conftest import ask, running_api, running_worker, text_of
+from tests.conftest import ask, running_api, running_worker, text_of, until_broken_off
 
 URL = "/streams/events"
 
@@ -128,7 +129,12 @@ async def test_the_loss_of_a_stream_is_told_once_to_who_comes_back(
     assert (lost.event, data(lost)["code"]) == ("failed", "stream_gone")
     assert data(lost)["stream_id"] == ids[1]
     assert lost.id == f"{seen[-1].id.split('.')[0]}.x"
-    for given in ({"headers": {"last-event-id": lost.id}}, {"params": {"last_event_id": lost.id}}):
+    header = {"headers": {"last-event-id": lost.id}}
+    for given in (
+        header,
+        {"params": {"last_event_id": lost.id}},
+        header | {"params": {"last_event_id": seen[0].id}},
+    ):
         params = {"ids": ",".join(ids), **given.get("params", {})}
         response = await stack.get(URL, params=params, headers=given.get("headers"))
         assert response.status_code == 204
@@ -159,14 +165,30 @@ async def test_a_stream_erased_under_its_viewers_is_told(stack: httpx2.AsyncClie
 
 
 async def test_viewers_of_several_live_through_a_restart_of_the_api(settings: Settings) -> None:
-    async with running_worker(settings):
+    async with running_worker(settings), AsyncExitStack() as viewer:
         async with running_api(settings) as http:
             ids = [await ask(http, chunks=30, delay_ms=20) for _ in range(2)]
-            seen = await events(http, ids, most=9)
+            own = await viewer.enter_async_context(
+                httpx2.AsyncClient(base_url=http.base_url, trust_env=False)
+            )
+            source = await viewer.enter_async_context(own.sse(URL, params={"ids": ",".join(ids)}))
+            arriving = aiter(source)
+            begun = [await anext(arriving) for _ in range(9)]
+        seen = [each for each in begun + await until_broken_off(arriving) if each.data]
+        assert "completed" not in {event.event for event in seen}
         async with running_api(settings) as http:
             seen += await events(http, ids, after=seen[-1].id)
     for stream_id in ids:
         assert text_of(of(stream_id, seen)) == "".join(f"{n} " for n in range(30))
+
+
+async def test_a_hundred_share_a_connection_and_one_named_twice_is_one_of_them(
+    api: httpx2.AsyncClient,
+) -> None:
+    ids = [new_stream_id() for _ in range(100)]
+    cursor = {"last-event-id": multiplexed.join([TOLD_GONE] * 100)}
+    response = await api.get(URL, params={"ids": ",".join(ids + ids)}, headers=cursor)
+    assert response.status_code == 204
 
 
 @pytest.mark.parametrize(

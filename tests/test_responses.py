@@ -223,14 +223,21 @@ async def test_a_response_that_waits_is_cancelled_at_once(settings: Settings) ->
         assert (cancelled.status, cancelled.output) == ("cancelled", [])
 
 
+@pytest.mark.parametrize(
+    ("headers", "script", "outcome"),
+    [
+        ({"x-on-disconnect": "cancel"}, {"chunks": 1, "end": "stall"}, "disconnected"),
+        ({}, {"chunks": 40, "delay_ms": 10}, "completed"),
+    ],
+)
 async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
-    sdk: AsyncOpenAI, emulator: Emulator
+    sdk: AsyncOpenAI, emulator: Emulator, headers: Any, script: Any, outcome: str
 ) -> None:
     for streams in (True, False):
         asked: Any = sdk.responses.create(
-            **asking(chunks=1, end="stall"),
+            **asking(**script),
             stream=streams,
-            extra_headers={"x-on-disconnect": "cancel"},
+            extra_headers=headers,
         )
         number = emulator.total
         running = asyncio.ensure_future(asked)
@@ -241,7 +248,7 @@ async def test_leaving_stops_the_answer_only_where_that_was_asked_for(
             running.cancel()
         async with asyncio.timeout(5):
             await record.over.wait()
-        assert record.outcome == "disconnected"
+        assert record.outcome == outcome
 
 
 async def test_what_fails_before_it_began_is_an_error_by_its_status_and_in_the_background_in_band(

@@ -12,15 +12,25 @@ from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from api.chat_request import ChatRequest
+from api.chat_request import Asked, ChatRequest
 from api.openai_errors import STATUSES
+from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
 from relay import keys
 from relay.ids import new_stream_id
 from relay.log import VIEWERS_SECONDS, Log
 from relay.settings import MIB, Settings
-from tests.conftest import ask, asking, changed, make_claims, make_log, running_api, until
+from tests.conftest import (
+    ask,
+    asking,
+    changed,
+    make_claims,
+    make_log,
+    running_api,
+    running_worker,
+    until,
+)
 from tests.test_hub import Writer
 
 UNKNOWN = "no-such-stream"
@@ -143,14 +153,37 @@ async def test_what_the_chat_completions_api_knows_is_passed_on(
 ) -> None:
     body: dict[str, Any] = {
         **asking(),
-        "tools": [{"type": "function", "function": {"name": "f"}}],
-        "response_format": {"type": "json_object"},
-        "seed": 7,
-        "n": 2,
-        "logprobs": True,
-        "reasoning_effort": "low",
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "max_tokens": 4,
         "max_completion_tokens": 5,
+        "n": 2,
+        "stop": ["x"],
+        "seed": 7,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"1": 2},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "functions": [{"name": "f"}],
+        "function_call": {"name": "f"},
+        "response_format": {"type": "json_object"},
+        "reasoning_effort": "low",
+        "verbosity": "high",
+        "prediction": {"type": "content", "content": "x"},
+        "modalities": ["text"],
+        "web_search_options": {"search_context_size": "low"},
+        "service_tier": "flex",
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
     }
+    assert body.keys() == Asked.model_fields.keys()
     await api.post("/chat", json=body)
     [claim] = await make_claims(redis).claim(1)
     assert json.loads(claim.request) == body
@@ -170,21 +203,14 @@ async def test_a_body_over_the_limit_is_refused(api: httpx2.AsyncClient, chunked
     assert code(response, 413) == "body_too_large"
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/streams/{}"),
-        ("GET", "/streams/{}/events"),
-        ("POST", "/streams/{}/cancel"),
-        ("DELETE", "/streams/{}"),
-    ],
-)
-async def test_unknown_is_404_and_gone_is_410_everywhere(
-    api: httpx2.AsyncClient, method: str, path: str
-) -> None:
-    gone = new_stream_id()
-    assert code(await api.request(method, path.format(UNKNOWN)), 404) == "stream_unknown"
-    assert code(await api.request(method, path.format(gone)), 410) == "stream_gone"
+async def test_unknown_is_404_and_gone_is_410_everywhere(api: httpx2.AsyncClient) -> None:
+    paths = (await api.get("/openapi.json")).json()["paths"]
+    routes = [(method, path) for path in paths if "{stream_id}" in path for method in paths[path]]
+    assert len(routes) >= 4
+    for method, path in routes:
+        unknown, gone = (path.format(stream_id=each) for each in (UNKNOWN, new_stream_id()))
+        assert code(await api.request(method, unknown), 404) == "stream_unknown", path
+        assert code(await api.request(method, gone), 410) == "stream_gone", path
 
 
 @pytest.mark.parametrize("cursor", ["x", "1", "-1-0", "1-0-0", "01-1", "1-" + "9" * 40, "\uff11-1"])
@@ -196,7 +222,7 @@ async def test_a_malformed_cursor_is_refused(api: httpx2.AsyncClient, cursor: st
 
 
 async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncClient) -> None:
-    headers = {"idempotency-key": "k"}
+    headers = {"idempotency-key": "k" * 255}
     ids = {
         (await api.post("/chat", json=asking(), headers=headers)).json()["stream_id"]
         for _ in range(3)
@@ -204,6 +230,8 @@ async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncCl
     assert len(ids) == 1
     response = await api.post("/chat", json=asking(chunks=7), headers=headers)
     assert code(response, 409) == "idempotency_conflict"
+    headers["idempotency-key"] += "k"
+    assert code(await api.post("/chat", json=asking(), headers=headers), 422) == "invalid_request"
 
 
 async def test_a_full_queue_is_told_before_a_stream_exists(
@@ -297,6 +325,10 @@ async def test_a_cursor_at_the_terminal_event_is_answered_by_204(
     response = await api.get(f"/streams/{stream_id}/events", headers=headers)
     assert response.status_code == 204
     response = await api.get(f"/streams/{stream_id}/events", params={"last_event_id": cursor})
+    assert response.status_code == 204
+    # As an EventSource comes back whose URL had one for its first request.
+    earlier = {"last_event_id": "0-1"}
+    response = await api.get(f"/streams/{stream_id}/events", params=earlier, headers=headers)
     assert response.status_code == 204
 
 
@@ -394,6 +426,20 @@ async def test_post_answers_by_what_its_client_would_rather_have(
     assert response.headers["content-type"] == media_type
 
 
+async def test_what_must_not_begin_anew_does_not_for_who_asked_and_watches_in_one_request(
+    settings: Settings,
+) -> None:
+    body = {**asking(chunks=40, delay_ms=20), "recovery": "fail"}
+    async with running_api(settings) as api, api.sse("/chat", method="POST", json=body) as source:
+        arriving = aiter(source)
+        async with running_worker(settings):
+            while (await anext(arriving)).event != "chunk":
+                pass
+        async with running_worker(settings):
+            *_, end = [event async for event in arriving if event.data]
+    assert (end.event, json.loads(end.data).get("code")) == ("failed", "interrupted")
+
+
 async def test_who_repeats_a_request_watches_the_stream_that_stands(
     stack: httpx2.AsyncClient,
 ) -> None:
@@ -426,6 +472,11 @@ async def test_other_origins_are_let_in_only_where_they_are_named(settings: Sett
     async with running_api(changed(settings, cors_origins="https://app.example")) as api:
         response = await api.get("/healthz", headers=origin)
         assert response.headers["access-control-allow-origin"] == "https://app.example"
+        exposed = response.headers["access-control-expose-headers"].split(", ")
+        assert set(exposed) == {"location", "retry-after", "x-stream-id"}
+        for method in ("GET", "POST", "DELETE"):
+            asked = {**origin, "access-control-request-method": method}
+            assert (await api.options("/chat", headers=asked)).status_code == 200
 
 
 async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None:
@@ -630,10 +681,37 @@ async def test_a_process_that_ends_in_good_order_counts_no_longer(
 async def test_a_process_that_died_stops_counting(settings: Settings, redis: Redis) -> None:
     async with running_api(settings) as api:
         stream_id = await ask(api)
-        await make_log(redis).report_viewers("dead", {stream_id: 9})
+        log = make_log(redis)
+        await log.report_viewers("dead", {stream_id: 9})
         assert await viewers(api, stream_id) == 9
-        seconds, _ = await redis.time()
-        long_ago = f"[9, {seconds - VIEWERS_SECONDS - 1}]"
-        noted: Any = redis.hset(keys.viewers(stream_id), "dead", long_ago)
-        await noted
+        await reported_before(redis, stream_id, "dead", VIEWERS_SECONDS + 1)
         assert await viewers(api, stream_id) == 0
+
+
+async def test_a_process_whose_viewers_stay_says_so_again_before_they_stop_counting(
+    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert REFRESH_SECONDS < VIEWERS_SECONDS / 2
+    for name in ("REPORT_SECONDS", "REFRESH_SECONDS"):
+        monkeypatch.setattr(f"api.presence.{name}", 0.01)
+    async with running_api(settings) as api:
+        stream_id = await ask(api)
+
+        async def reports() -> dict[str, int]:
+            return (await make_log(redis).state(stream_id)).viewers
+
+        async def counts() -> bool:
+            return [*(await reports()).values()] == [1]
+
+        async with api.stream("GET", f"/streams/{stream_id}/events"):
+            for _ in range(3):
+                await until(counts)
+                [process] = await reports()
+                await reported_before(redis, stream_id, process, VIEWERS_SECONDS + 1)
+
+
+async def reported_before(redis: Redis, stream_id: str, process: str, seconds: int) -> None:
+    """As if that process had reported so many seconds ago, and not again."""
+    now, _ = await redis.time()
+    noted: Any = redis.hset(keys.viewers(stream_id), process, f"[9, {now - seconds}]")
+    await noted

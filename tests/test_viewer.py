@@ -8,8 +8,9 @@ import pytest
 from redis.asyncio import Redis
 from starlette.types import Message, Receive, Scope, Send
 
+from api.chat_completions import ChatCompletionViewer
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
-from api.held_viewer import TextViewer
+from api.held_viewer import HeldViewer, TextViewer
 from api.hub import Hub
 from api.multi_viewer import Lane, MultiViewer
 from api.viewer import NativeViewer
@@ -148,10 +149,13 @@ async def test_a_chunk_wakes_no_viewer_that_has_everything(
 
 
 async def test_an_idle_viewer_hears_a_heartbeat(hub: Hub) -> None:
-    log = Log()
-    async with viewing(viewer(hub, log, heartbeat_seconds=0.01)) as taker:
-        await taker.has(b":\n\n:\n\n")
-    assert [frame.event for frame in taker.frames] == ["queued"]
+    for watching in (
+        viewer(hub, Log(), heartbeat_seconds=0.01),
+        several_viewer(hub, [Log()], heartbeat_seconds=0.01),
+    ):
+        async with viewing(watching) as taker:
+            await taker.has(b":\n\n:\n\n")
+        assert [frame.event for frame in taker.frames] == ["queued"]
 
 
 async def test_while_chunks_come_there_is_no_heartbeat(hub: Hub) -> None:
@@ -414,17 +418,22 @@ async def test_one_that_leaves_a_draining_process_has_left_and_one_sent_away_has
 async def test_a_notice_is_a_comment_once_for_each_that_is_there_and_no_event(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
-    async with viewing(viewer(hub, log)) as one, viewing(viewer(hub, log)) as two:
-        for taker in (one, two):
+    async with (
+        viewing(viewer(hub, log)) as one,
+        viewing(viewer(hub, log)) as two,
+        viewing(several_viewer(hub, [log])) as of_several,
+    ):
+        there = (one, two, of_several)
+        for taker in there:
             await taker.has(b"started")
         log.feed.notice(b"Redis is away")
-        for taker in (one, two):
+        for taker in there:
             await taker.has(b": Redis is away\n\n")
         async with viewing(viewer(hub, log)) as late:
             log.add(ENDS)
-            for taker in (one, two, late):
+            for taker in (*there, late):
                 await taker.has(b"completed")
-    assert [taker.body.count(b"Redis is away") for taker in (one, two, late)] == [1, 1, 0]
+    assert [taker.body.count(b"Redis is away") for taker in (*there, late)] == [1, 1, 1, 0]
     assert [frame.event for frame in one.frames] == ["started", "completed"]
 
 
@@ -466,9 +475,13 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
 # Of several streams.
 
 
-def several_viewer(hub: Hub, logs: list[Log], cursor: Cursor | None = None) -> MultiViewer:
+def several_viewer(
+    hub: Hub, logs: list[Log], cursor: Cursor | None = None, *, heartbeat_seconds: float = 60
+) -> MultiViewer:
     lanes = [Lane(log.feed, cursor) for log in logs]
-    return MultiViewer(hub, lanes, heartbeat_seconds=60, write_seconds=60, drain_seconds=0)
+    return MultiViewer(
+        hub, lanes, heartbeat_seconds=heartbeat_seconds, write_seconds=60, drain_seconds=0
+    )
 
 
 async def test_a_slow_viewer_of_several_holds_one_bounded_write_and_may_go_after_it(
@@ -620,20 +633,33 @@ async def test_before_its_first_text_a_viewer_looks_at_each_chunk_once(
     assert (taker.body, taker.ended) == (b"said", True)
 
 
-async def test_text_breaks_off_when_the_stream_goes_away_or_the_process_drains(hub: Hub) -> None:
-    for draining in (False, True):
-        log = Log()
-        log.add(STARTS, *text("partial"))
-        async with viewing(text_viewer(hub, log)) as taker:
-            await taker.has(b"partial")
-            if draining:
-                hub.draining = True
-            else:
-                log.feed.end_as_gone(StreamGone("erased"))
-            log.feed.wake()
-            async with asyncio.timeout(1):
-                await asyncio.wait(_others())
-        assert not taker.ended
+async def test_text_breaks_off_when_the_stream_goes_away(hub: Hub) -> None:
+    log = Log()
+    log.add(STARTS, *text("partial"))
+    async with viewing(text_viewer(hub, log)) as taker:
+        await taker.has(b"partial")
+        log.feed.end_as_gone(StreamGone("erased"))
+        async with asyncio.timeout(1):
+            await asyncio.wait(_others())
+    assert not taker.ended
+
+
+@pytest.mark.parametrize("kind", [TextViewer, ChatCompletionViewer])
+async def test_what_has_no_words_for_coming_back_breaks_off_without_any_when_the_process_drains(
+    hub: Hub, kind: type[HeldViewer]
+) -> None:
+    log = Log()
+    chunk = {"choices": [{"index": 0, "delta": {"content": "partial"}}]}
+    log.add(entry(STARTED, {"envelope": {}}), entry(WHOLE, {"chunk": chunk}))
+    watching = kind(hub, log.feed, None, heartbeat_seconds=60, write_seconds=60)
+    async with viewing(watching) as taker:
+        await taker.has(b"partial")
+        said = taker.body
+        hub.draining = True
+        log.feed.wake()
+        async with asyncio.timeout(1):
+            await asyncio.wait(_others())
+    assert (taker.body, taker.ended) == (said, False)
 
 
 @pytest.mark.parametrize(
