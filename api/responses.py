@@ -142,16 +142,16 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     asked = body.to_asked()
     if body.background and not body.stream:
         return await _now(parts, (await asking.create(asked, "responses")).stream_id)
-    if not body.background:
-        asking.must_stay()
+    asking.must_stay()
     feed = await asking.begin(asked, "responses")
     born = replace(await _born(parts, feed.stream_id), format=body.format_type)
     if not body.stream:
         return await when_ended(request, asking, feed, partial(_ended, born))
     if not body.background:
         # Some clients know what to do by a status, and take `response.failed` for an empty answer.
-        await until_begun(request, parts, feed)
-        if feed.ended and not feed.begun and (failure := failure_of(feed, _refusal)):
+        left = await until_begun(request, parts, feed) is Exit.LEFT
+        # The viewer does what is to be done when its client has left.
+        if not (feed.begun or left) and (failure := failure_of(feed, _refusal)):
             failure.headers["x-stream-id"] = feed.stream_id
             return failure
     return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))

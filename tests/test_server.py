@@ -643,6 +643,7 @@ async def asked_while_draining(
         ("/v1/chat/completions", {**COMPLETION, "stream": True}, "*/*"),
         ("/v1/responses", RESPONSE, "*/*"),
         ("/v1/responses", {**RESPONSE, "stream": True}, "*/*"),
+        ("/v1/responses", {**RESPONSE, "stream": True, "background": True}, "*/*"),
         ("/api/chat", CHAT, "*/*"),
     ],
 )
@@ -662,7 +663,6 @@ async def test_a_draining_process_has_no_answer_made_that_it_could_not_give(
         ("/chat", HELLO, "*/*"),
         ("/chat", HELLO, "text/event-stream"),
         ("/v1/responses", {**RESPONSE, "background": True}, "*/*"),
-        ("/v1/responses", {**RESPONSE, "background": True, "stream": True}, "*/*"),
     ],
 )
 async def test_a_draining_process_takes_what_is_to_be_had_from_another(
@@ -681,13 +681,19 @@ def waiting(*headers: str, **script: object) -> bytes:
     return post(body).replace(b"/chat HTTP/1.1", path.encode(), 1)
 
 
-async def test_who_waits_for_a_whole_answer_is_sent_away_by_a_process_that_drains(
-    settings: Settings,
+def waiting_for_the_first_word() -> bytes:
+    body = post(json.dumps({**RESPONSE, "stream": True}).encode())
+    return body.replace(b"/chat HTTP/1.1", b"/v1/responses HTTP/1.1\r\nconnection: close", 1)
+
+
+@pytest.mark.parametrize("asked", [waiting(), waiting_for_the_first_word()])
+async def test_who_waits_for_an_answer_is_sent_away_by_a_process_that_drains(
+    settings: Settings, asked: bytes
 ) -> None:
     async with serving(settings) as served:
         app: Any = served.server.config.app
         async with connected(served.port) as (reader, writer), asyncio.timeout(10):
-            writer.write(waiting())
+            writer.write(asked)
             await until(lambda: watched(served))
             app.state.parts.hub.drain()
             said = await reader.read()
