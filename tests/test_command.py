@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from cli import main
-from cli.processes import free_port
+from cli.processes import end_with_parent, free_port
 from cli.redis_server import find_redis_server
 from emulator.script import prompt
 from relay import keys
@@ -55,6 +55,7 @@ async def relay(*words: str, folder: Path, **variables: str) -> Process:
 async def run(name: str, *words: str, folder: Path, **variables: str) -> Process:
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", name, *words),
+        preexec_fn=end_with_parent(),  # Where a test fails, it does not come to end it.
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables},
         stdout=PIPE,

@@ -1,6 +1,7 @@
 import asyncio
 import resource
 import signal
+import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,39 @@ async def test_an_idle_worker_ends_within_two_seconds_of_the_signal(
     assert stream_id in written
     assert "the-marker" not in written
     assert "Traceback" not in written
+
+
+SIGNALLED_AS_IT_IS_MADE = """
+import os, signal, sys
+import worker.main
+from worker.__main__ import main
+
+create = worker.main.create_worker
+
+def create_worker(settings):
+    made = create(settings)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return made
+
+worker.main.create_worker = create_worker
+sys.argv[1:] = []
+sys.exit(main())
+"""
+
+
+async def test_a_signal_that_comes_before_the_worker_is_ready_is_not_lost(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    code = ("-c", SIGNALLED_AS_IT_IS_MADE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *code, env=env, cwd=tmp_path, stderr=PIPE
+    )
+    try:
+        assert (await ended(process, 10))[0] == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def test_a_running_answer_is_finished_within_the_grace(

@@ -3,8 +3,6 @@
 import asyncio
 import sys
 
-from arq import Worker
-
 from relay.descriptors import allow_every_descriptor
 from relay.errors import ConfigurationError
 from relay.heap import spare_the_collector
@@ -24,24 +22,29 @@ def main() -> int:
         if sys.argv[1:] == ["check"]:
             return 0 if asyncio.run(is_healthy(settings)) else 1
         warn_of_misspelt()
-        worker = _create(settings)
+        import uvloop  # noqa: PLC0415 - a health check need not wait for it
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_work(settings))
     except ConfigurationError as error:
         sys.stderr.write(f"relay: {error.message}\n")
         return 2
-    allow_every_descriptor()
-    spare_the_collector()
-    worker.run()
     return 0
 
 
-def _create(settings: Settings) -> Worker:
-    # Imported here, for they take half a second that a health check need not wait.
-    import uvloop  # noqa: PLC0415
+async def _work(settings: Settings) -> None:
+    from worker.main import create_worker  # noqa: PLC0415 - nor for this, half a second
 
-    from worker.main import create_worker  # noqa: PLC0415
-
-    asyncio.set_event_loop(uvloop.new_event_loop())
-    return create_worker(settings)
+    # In the loop that runs: uvloop loses a signal for which it has a handler and does not run yet.
+    worker = create_worker(settings)
+    allow_every_descriptor()
+    spare_the_collector()
+    try:
+        await worker.async_run()
+    except asyncio.CancelledError:
+        pass  # By a signal.
+    finally:
+        await worker.close()
 
 
 if __name__ == "__main__":
