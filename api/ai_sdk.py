@@ -14,8 +14,7 @@ from api.feed import Feed
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
-from api.viewer import Viewer, Words
-from api.wires import native
+from api.viewer import Viewer, words_in_events
 from api.wires import ui_messages as codec
 from relay.errors import StreamGone
 from relay.ids import alias_of
@@ -34,13 +33,10 @@ class UIMessageViewer(Viewer):
         message_id: str,
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.words = Words(
-            media_type=codec.MEDIA_TYPE,
+        self.words = words_in_events(
             first=codec.encode_start(message_id),
-            heartbeat=native.HEARTBEAT,
-            notice=native.comment,
             gone=lambda gone: codec.encode_error(gone.message),
-            last=bytes,  # A clean end it would take for the whole answer.
+            last=bytes,
         )
         super().__init__(
             parts.hub,

@@ -20,10 +20,9 @@ from api.openai_errors import (
     unknown_model,
 )
 from api.parts import PartsOfApp
-from api.viewer import Words
+from api.viewer import words_in_events
 from api.waiting import when_ended
 from api.wires import chat_completions as codec
-from api.wires import native
 from relay.events import CANCELLED, to_json
 
 router = APIRouter(prefix="/v1")
@@ -34,14 +33,7 @@ class ChatCompletionViewer(HeldViewer):
     error; the answer goes on, under its X-Stream-Id."""
 
     wire = staticmethod(codec.encoder)
-    words = Words(
-        media_type=codec.MEDIA_TYPE,
-        first=b"",
-        heartbeat=native.HEARTBEAT,
-        notice=native.comment,
-        gone=codec.encode_gone,
-        last=bytes,
-    )
+    words = words_in_events(first=b"", gone=codec.encode_gone, last=bytes)
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         try:

@@ -22,7 +22,6 @@ class Lane:
 
     def __init__(self, feed: Feed, cursor: Cursor | None) -> None:
         self.feed = feed
-        self.told_gone = False
         self._go_to(cursor)
         self._index: int | None = None
         self._noticed = len(feed.notices)
@@ -33,7 +32,7 @@ class Lane:
         feed.end_as_gone(gone)
         lane = cls(feed, None)
         if told:
-            lane._go_to_the_end()
+            lane.place = multiplexed.TOLD_GONE
         return lane
 
     def _go_to(self, cursor: Cursor | None) -> None:
@@ -41,9 +40,9 @@ class Lane:
         # Kept as its text: each event of a lane has the places of all.
         self.place = multiplexed.text_of(cursor)
 
-    def _go_to_the_end(self) -> None:
-        self.told_gone = True
-        self.place = multiplexed.TOLD_GONE
+    @property
+    def told_gone(self) -> bool:
+        return self.place == multiplexed.TOLD_GONE
 
     @property
     def over(self) -> bool:
@@ -74,7 +73,7 @@ class Lane:
     def _tell_gone(self, gone: StreamGone, lanes: Sequence["Lane"]) -> bytes:
         if self.told_gone:
             return b""
-        self._go_to_the_end()
+        self.place = multiplexed.TOLD_GONE
         places = [lane.place for lane in lanes]
         return multiplexed.encode_gone(gone, self.feed.stream_id, places)
 

@@ -47,6 +47,8 @@ class Presence:
         if self._hub.redis_away:
             return  # It stops counting by itself, and the end must not wait for Redis.
         gone = dict.fromkeys(self._reported.keys() | self._hub.viewers().keys(), 0)
+        if not gone:
+            return
         with suppress(RedisError):
             await self._log.report_viewers(self._process, gone)
 

@@ -20,9 +20,8 @@ from api.long_response import Exit
 from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
-from api.viewer import Viewer, Words
+from api.viewer import Viewer, words_in_events
 from api.waiting import until_begun, until_ended, when_ended
-from api.wires import native
 from api.wires import responses as codec
 from api.wires.chat_completions import encode_gone
 from relay.errors import StreamUnknown
@@ -40,14 +39,8 @@ class ResponseViewer(Viewer):
     counted from there. What is skipped is not written.
     """
 
-    words = Words(
-        media_type=codec.MEDIA_TYPE,
-        first=b"",
-        heartbeat=native.HEARTBEAT,
-        notice=native.comment,
-        gone=encode_gone,
-        last=bytes,  # The SDK takes `retry:` alone for an event, and finds no JSON in it.
-    )
+    # Without last ones: the SDK takes `retry:` alone for an event, and finds no JSON in it.
+    words = words_in_events(first=b"", gone=encode_gone, last=bytes)
 
     def __init__(
         self,

@@ -32,6 +32,13 @@ class Words(NamedTuple):
     """To one that is sent away, before its response is broken off."""
 
 
+def words_in_events(
+    *, first: bytes, gone: Callable[[StreamGone], bytes], last: Callable[[], bytes]
+) -> Words:
+    """Of a wire of Server-Sent Events, which all beat and comment alike."""
+    return Words(native.MEDIA_TYPE, first, native.HEARTBEAT, native.comment, gone, last)
+
+
 class Viewer(LongResponse):
     """Takes all frames since its cursor and writes them as one body message.
 
@@ -139,14 +146,7 @@ class NativeViewer(Viewer):
     """The native wire."""
 
     wire = staticmethod(native.encoder)
-    words = Words(
-        media_type=native.MEDIA_TYPE,
-        first=native.retry(RETRY_MS),
-        heartbeat=native.HEARTBEAT,
-        notice=native.comment,
-        gone=native.encode_gone,
-        last=come_back,
-    )
+    words = words_in_events(first=native.retry(RETRY_MS), gone=native.encode_gone, last=come_back)
 
 
 class NotNow(Response):

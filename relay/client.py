@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import httpx2
 
+from relay import proxies
 from relay.errors import ConfigurationError, RelayError
 from relay.events import CANCELLED, CHUNK, COMPLETED, FAILED, STARTED, TERMINAL, Halves
 
@@ -176,16 +177,9 @@ def _http(url: str) -> httpx2.Client:
         host = ""
     if not (host and re.match(r"https?://", url)):
         raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
-    # To a proxy of the environment this machine is another one than it is here.
-    proxied = host not in {"localhost", "127.0.0.1", "::1"}
     timeout = httpx2.Timeout(10, read=SILENCE_SECONDS)
-    try:
-        return httpx2.Client(base_url=url, timeout=timeout, trust_env=proxied)
-    except (ImportError, ValueError):
-        raise ConfigurationError(
-            "The environment names a proxy that is none of HTTP's: set HTTP_PROXY and HTTPS_PROXY "
-            "to one such as http://HOST:3128, and unset ALL_PROXY."
-        ) from None
+    with proxies.usable():
+        return httpx2.Client(base_url=url, timeout=timeout, trust_env=host not in proxies.HERE)
 
 
 class _Taken:

@@ -250,11 +250,14 @@ def few_descriptors(argv: Sequence[str]) -> list[str]:
 
 @asynccontextmanager
 async def worker_process(
-    env: dict[str, str], tmp_path: Path, *arguments: str
+    env: dict[str, str],
+    tmp_path: Path,
+    *arguments: str,
+    argv: Sequence[str] = (sys.executable, "-m", "worker"),
 ) -> AsyncIterator[Process]:
     """`python -m worker` where no `.env` lies; killed if it still runs at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", *arguments, env=env, cwd=tmp_path, stderr=PIPE
+        *argv, *arguments, env=env, cwd=tmp_path, stderr=PIPE
     )
     try:
         yield process
@@ -329,6 +332,13 @@ async def until_broken_off(arriving: AsyncIterator[T]) -> list[T]:
     except httpx2.RemoteProtocolError:
         return came
     pytest.fail("It ended as if that had been all.")
+
+
+async def reported_before(redis: Redis, stream_id: str, process: str, seconds: int) -> None:
+    """As if that process had reported so many seconds ago, and not again."""
+    now, _ = await redis.time()
+    noted: Any = redis.hset(keys.viewers(stream_id), process, f"[9, {now - seconds}]")
+    await noted
 
 
 def text_of(events: list[httpx2.ServerSentEvent]) -> str:

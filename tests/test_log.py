@@ -27,7 +27,7 @@ from relay.events import (
 )
 from relay.ids import is_stream_id, new_stream_id
 from relay.log import VIEWERS_SECONDS, Appended, Created, Log
-from tests.conftest import append, make_claims, make_log
+from tests.conftest import append, make_claims, make_log, reported_before
 
 SECRET = "a prompt that nobody else may see"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}]}
@@ -625,8 +625,6 @@ async def test_a_report_of_viewers_counts_for_a_minute_of_redis_own_clock(
     monkeypatch.setattr("time.time", lambda: 0.0)  # Of a host whose clock is wrong.
     stream_id = (await log.create(REQUEST)).stream_id
     await log.report_viewers("here", {stream_id: 1})
-    now, _ = await redis.time()
-    reports = {"dead": f"[9, {now - 61}]", "alive": f"[9, {now - 55}]"}
-    noted: Any = redis.hset(keys.viewers(stream_id), mapping=reports)
-    await noted
+    await reported_before(redis, stream_id, "dead", 61)
+    await reported_before(redis, stream_id, "alive", 55)
     assert (await log.state(stream_id)).viewers == {"here": 1, "alive": 9}

@@ -423,7 +423,7 @@ async def test_the_model_is_asked_what_the_response_was_asked(
 async def test_what_frameworks_send_by_themselves_is_taken_and_the_model_hears_nothing_of_it(
     sdk: AsyncOpenAI, emulator: Emulator
 ) -> None:
-    plain = {"model": MODEL, "input": prompt(chunks=1)}
+    plain: Any = {"model": MODEL, "input": prompt(chunks=1)}
     of_frameworks: list[dict[str, Any]] = [
         {"include": []},
         {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": None}},
@@ -431,7 +431,7 @@ async def test_what_frameworks_send_by_themselves_is_taken_and_the_model_hears_n
         {"tools": [], "text": {"format": None}, "conversation": None},
     ]
     for more in [{}, *of_frameworks]:
-        response = await sdk.responses.create(**plain, extra_body=more)  # type: ignore[call-overload]
+        response = await sdk.responses.create(**plain, extra_body=more)
         assert response.output_text == "0 "
     bodies = [(await emulator.request(number)).body for number in range(emulator.total)]
     assert bodies == [bodies[0]] * (1 + len(of_frameworks))

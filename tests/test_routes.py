@@ -17,7 +17,6 @@ from api.openai_errors import STATUSES
 from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
-from relay import keys
 from relay.ids import new_stream_id
 from relay.log import VIEWERS_SECONDS, Log
 from relay.settings import MIB, Settings
@@ -27,6 +26,7 @@ from tests.conftest import (
     changed,
     make_claims,
     make_log,
+    reported_before,
     running_api,
     running_worker,
     until,
@@ -708,10 +708,3 @@ async def test_a_process_whose_viewers_stay_says_so_again_before_they_stop_count
                 await until(counts)
                 [process] = await reports()
                 await reported_before(redis, stream_id, process, VIEWERS_SECONDS + 1)
-
-
-async def reported_before(redis: Redis, stream_id: str, process: str, seconds: int) -> None:
-    """As if that process had reported so many seconds ago, and not again."""
-    now, _ = await redis.time()
-    noted: Any = redis.hset(keys.viewers(stream_id), process, f"[9, {now - seconds}]")
-    await noted

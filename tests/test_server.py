@@ -622,6 +622,12 @@ SAID = {"id": "m", "role": "user", "parts": [{"type": "text", "text": "Hello"}]}
 CHAT = {"id": "c", "messages": [SAID]}
 
 
+def asking_at(path: str, body: object, *headers: str) -> bytes:
+    """A POST of JSON, on a connection that ends with its response."""
+    start = "\r\n".join([f"{path} HTTP/1.1", "connection: close", *headers])
+    return post(json.dumps(body).encode()).replace(b"/chat HTTP/1.1", start.encode(), 1)
+
+
 async def asked_while_draining(
     settings: Settings, redis: Redis, path: str, body: object, accept: str
 ) -> tuple[bytes, int]:
@@ -629,9 +635,7 @@ async def asked_while_draining(
     async with serving(settings) as served:
         app: Any = served.server.config.app
         app.state.parts.hub.drain()
-        request = post(json.dumps(body).encode()).replace(b"/chat", path.encode(), 1)
-        headers = f"accept: {accept}\r\nconnection: close\r\nhost:".encode()
-        said = await exchange(served.port, request.replace(b"host:", headers, 1))
+        said = await exchange(served.port, asking_at(path, body, f"accept: {accept}"))
     return said, await redis.zcard(keys.QUEUE)
 
 
@@ -676,17 +680,12 @@ async def test_a_draining_process_takes_what_is_to_be_had_from_another(
 
 def waiting(*headers: str, **script: object) -> bytes:
     """Asks for a whole answer."""
-    body = json.dumps({"model": "demo", **asking(**script)}).encode()
-    path = "\r\n".join(["/v1/chat/completions HTTP/1.1", "connection: close", *headers])
-    return post(body).replace(b"/chat HTTP/1.1", path.encode(), 1)
+    return asking_at("/v1/chat/completions", {"model": "demo", **asking(**script)}, *headers)
 
 
-def waiting_for_the_first_word() -> bytes:
-    body = post(json.dumps({**RESPONSE, "stream": True}).encode())
-    return body.replace(b"/chat HTTP/1.1", b"/v1/responses HTTP/1.1\r\nconnection: close", 1)
-
-
-@pytest.mark.parametrize("asked", [waiting(), waiting_for_the_first_word()])
+@pytest.mark.parametrize(
+    "asked", [waiting(), asking_at("/v1/responses", {**RESPONSE, "stream": True})]
+)
 async def test_who_waits_for_an_answer_is_sent_away_by_a_process_that_drains(
     settings: Settings, asked: bytes
 ) -> None:

@@ -187,7 +187,7 @@ async def test_of_many_requests_one_begins_in_each_turn_but_for_those_about_the_
     nothing: Any = None
     requests = [asyncio.create_task(served(scope, nothing, nothing)) for _ in range(5)]
     while not all(request.done() for request in requests):
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # One turn of the loop: turns are what is counted.
         turn += 1
     assert len(set(begun)) == (1 if at_once else 5)
 

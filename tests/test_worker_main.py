@@ -2,7 +2,7 @@ import asyncio
 import resource
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,9 @@ sys.exit(main())
 async def test_a_signal_that_comes_before_the_worker_is_ready_is_not_lost(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    code = ("-c", SIGNALLED_AS_IT_IS_MADE)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *code, env=env, cwd=tmp_path, stderr=PIPE
-    )
-    try:
+    argv = (sys.executable, "-c", SIGNALLED_AS_IT_IS_MADE)
+    async with worker_process(env, tmp_path, argv=argv) as process:
         assert (await ended(process, 10))[0] == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
 
 
 async def test_a_running_answer_is_finished_within_the_grace(
@@ -191,12 +184,7 @@ async def test_a_worker_that_starts_before_redis_waits_for_it(
 async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    worker = few_descriptors(module("worker"))
-    process = await asyncio.create_subprocess_exec(*worker, env=env, cwd=tmp_path, stderr=PIPE)
-    try:
+    async with worker_process(env, tmp_path, argv=few_descriptors(module("worker"))) as process:
         await ready(process)
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         assert soft == hard
-    finally:
-        process.kill()
-        await process.communicate()

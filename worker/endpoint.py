@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 from openai import AsyncAzureOpenAI, AsyncOpenAI
 
+from relay import proxies
 from relay.errors import ConfigurationError, UpstreamError
 from relay.logs import get_logger
 from relay.settings import Settings, UpstreamSettings
@@ -86,22 +87,17 @@ async def _signed_in(token: Token) -> str:
 def _client(own: Http1 | None, settings: Settings) -> httpx2.AsyncClient:
     limits = httpx2.Limits(max_connections=settings.concurrency, keepalive_expiry=IDLE_SECONDS)
     timeout = httpx2.Timeout(settings.stall_seconds, connect=CONNECT_SECONDS, read=None)
-    try:
+    with proxies.usable():
         return httpx2.AsyncClient(transport=own, timeout=timeout, limits=limits)
-    except (ImportError, ValueError):
-        raise ConfigurationError(
-            "The environment names a proxy that is none of HTTP's: set HTTPS_PROXY to one such as "
-            "http://HOST:3128, and unset ALL_PROXY."
-        ) from None
 
 
 def _is_proxied(url: str) -> bool:
     """As the environment has it, in which httpx looks, too, and closer: it knows more exceptions
-    than these. To no proxy does this machine mean what it means here."""
-    parts, proxies = urlsplit(url), getproxies()
+    than these."""
+    parts = urlsplit(url)
     host = parts.hostname or ""
-    direct = host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host)
-    return not {parts.scheme, "all"}.isdisjoint(proxies) and not direct
+    direct = host in proxies.HERE or proxy_bypass(host)
+    return not {parts.scheme, "all"}.isdisjoint(getproxies()) and not direct
 
 
 def _sdk(

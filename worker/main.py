@@ -1,14 +1,18 @@
 """One worker process, put together."""
 
+import asyncio
 import os
 import secrets
 import socket
 from typing import Any
 
+import uvloop
 from arq.worker import func
 
 from relay.claim import Claims
 from relay.connection import connect
+from relay.descriptors import allow_every_descriptor
+from relay.heap import spare_the_collector
 from relay.log import JOB, Log
 from relay.outbox import Outbox
 from relay.settings import Settings
@@ -58,6 +62,25 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
         on_shutdown=_close_upstream,
         handle_signals=handle_signals,
     )
+
+
+def run(settings: Settings) -> None:
+    """Work until a signal says to end. Raises ConfigurationError before anything is begun."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    # In the loop that runs: uvloop loses a signal for which it has a handler and does not run yet.
+    worker = create_worker(settings)
+    allow_every_descriptor()
+    spare_the_collector()
+    try:
+        await worker.async_run()
+    except asyncio.CancelledError:
+        pass  # By a signal.
+    finally:
+        await worker.close()
 
 
 async def _close_upstream(ctx: dict[Any, Any]) -> None:
