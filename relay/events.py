@@ -22,7 +22,7 @@ WHOLE: Final = "c"
 CHUNK: Final = "chunk"
 """What either is to who watches."""
 
-_CURSOR = re.compile(r"(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})", re.ASCII)
+_CURSOR = re.compile(r"(0|[1-9][0-9]{0,11})-(0|[1-9][0-9]{0,8})", re.ASCII)
 
 
 class Cursor(NamedTuple):

@@ -42,6 +42,7 @@ class Expected:
     recovery: Recovery = "restart"
     attempt: int = 0
     tries: int = 0
+    claims: int = 0
     begun: bool = False
     """Whether the newest claim has written anything, so that viewers know of it."""
     holder: Claim | None = None
@@ -155,6 +156,7 @@ class Streams(RuleBasedStateMachine):
         assert stream.open
         assert stream.holder is None
         stream.tries += 1
+        stream.claims += 1
         assert claim.attempt > stream.attempt
         stream.attempt, stream.begun = claim.attempt, False
         assert not stream.cancel_asked
@@ -221,7 +223,8 @@ class Streams(RuleBasedStateMachine):
         self.run(self._forget(stream_id))
         stream.holder, stream.cancel_asked, stream.begun = None, False, False
         stream.tries -= 1
-        self.now_ms += 101  # It takes longer than a tenth of a second to come back.
+        # It takes longer to come back than a hundredth of a second for each claim there was.
+        self.now_ms += 10 * stream.claims
 
     async def _remove(self, *names: str) -> None:
         await self.redis.delete(*names)

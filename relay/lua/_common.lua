@@ -23,12 +23,13 @@ local function keep(id, ttl_ms, log, state, ...)
   if leads[2] and redis.call('GET', leads[2]) == id then redis.call('PEXPIRE', leads[2], ttl_ms) end
 end
 
--- The fencing number: above the last, and not below the stream's age in tenths of a second. Redis
+-- The fencing number: above the last, and above the stream's age in hundredths of a second. Redis
 -- may forget a claim when it crashes or fails over; without the age the number would be handed out
 -- again, and a viewer who has events of the first attempt could not tell them from the second's.
+-- The n-th is at most n above the age, so none is repeated if Redis is away for n hundredths.
 local function next_attempt(state)
   local s = redis.call('HMGET', state, 'attempt', 'created_ms')
-  return math.max(s[1] + 1, math.floor((now_ms() - s[2]) / 100) + 1)
+  return math.max(s[1] + 1, math.floor((now_ms() - s[2]) / 10) + 1)
 end
 
 -- One atom: entries with explicit ids, their publication, and their place noted in the state.
