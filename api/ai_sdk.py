@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
@@ -34,7 +35,7 @@ class UIMessageViewer(Viewer):
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.words = words_in_events(
-            first=codec.encode_start(message_id),
+            first=partial(codec.encode_start, message_id),
             gone=lambda gone: codec.encode_error(gone.message),
             last=bytes,
         )

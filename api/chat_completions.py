@@ -33,7 +33,7 @@ class ChatCompletionViewer(HeldViewer):
     error; the answer goes on, under its X-Stream-Id."""
 
     wire = staticmethod(codec.encoder)
-    words = words_in_events(first=b"", gone=codec.encode_gone, last=bytes)
+    words = words_in_events(first=bytes, gone=codec.encode_gone, last=bytes)
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         try:

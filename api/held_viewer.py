@@ -112,7 +112,7 @@ class TextViewer(HeldViewer):
     wire = staticmethod(text.encoder)
     words = Words(
         media_type=text.MEDIA_TYPE,
-        first=b"",
+        first=bytes,
         heartbeat=b"",
         notice=lambda _: b"",
         gone=_break_off,

@@ -19,10 +19,9 @@ HEADERS = {
     # nginx and its like would hold the answer back until it is whole.
     "x-accel-buffering": "no",
 }
-RETRY_MS = 1000
-"""After which a viewer whose connection is lost comes back."""
-COME_BACK_MS = (500, 3000)
-"""The same for one that is sent away, or that comes while no log can be read: between these."""
+COME_BACK_MS = (500, 2000)
+"""Between these a viewer waits that has lost its connection, was sent away or came in vain: those
+whom one process loses at once must not storm the next one together."""
 
 
 class BrokenOff(Exception):
@@ -44,7 +43,7 @@ def _raw(headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
 
 
 def come_back() -> bytes:
-    """The last words to a viewer that is to try again, not together with all the others."""
+    """When a viewer is to try again, if this connection is lost; for each another time."""
     return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
 
 

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import BYTES_AT_ONCE, Feed, any_changed
 from api.hub import Hub
-from api.long_response import RETRY_MS, Exit, LongResponse, come_back
+from api.long_response import Exit, LongResponse, come_back
 from api.wires import multiplexed, native
 from relay.errors import StreamGone
 from relay.events import Cursor
@@ -106,7 +106,7 @@ class MultiViewer(LongResponse):
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
     ) -> None:
         await self._begin(send)
-        await self._write(send, native.retry(RETRY_MS))
+        await self._write(send, come_back())
         while not all(lane.over for lane in self._lanes):
             if over.done():
                 await self._end_early(send, over.result())

@@ -40,7 +40,7 @@ class ResponseViewer(Viewer):
     """
 
     # Without last ones: the SDK takes `retry:` alone for an event, and finds no JSON in it.
-    words = words_in_events(first=b"", gone=encode_gone, last=bytes)
+    words = words_in_events(first=bytes, gone=encode_gone, last=bytes)
 
     def __init__(
         self,

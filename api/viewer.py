@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
 from api.line import Line
-from api.long_response import RETRY_MS, Exit, LongResponse, come_back
+from api.long_response import Exit, LongResponse, come_back
 from api.wires import native
 from relay.errors import StreamGone
 from relay.events import STARTED, TEXT, WHOLE, Cursor
@@ -21,7 +21,7 @@ class Words(NamedTuple):
     words of another wire."""
 
     media_type: str
-    first: bytes
+    first: Callable[[], bytes]
     """Before all else."""
     heartbeat: bytes
     notice: Callable[[bytes], bytes]
@@ -33,7 +33,7 @@ class Words(NamedTuple):
 
 
 def words_in_events(
-    *, first: bytes, gone: Callable[[StreamGone], bytes], last: Callable[[], bytes]
+    *, first: Callable[[], bytes], gone: Callable[[StreamGone], bytes], last: Callable[[], bytes]
 ) -> Words:
     """Of a wire of Server-Sent Events, which all beat and comment alike."""
     return Words(native.MEDIA_TYPE, first, native.HEARTBEAT, native.comment, gone, last)
@@ -85,7 +85,7 @@ class Viewer(LongResponse):
 
     async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
         """Write the feed from the cursor on, until its end or until the viewer must go."""
-        words = self.words.first  # In one write with what follows: each wakes the client.
+        words = self.words.first()  # In one write with what follows: each wakes the client.
         feed = self._feed
         index = None
         while True:
@@ -146,7 +146,7 @@ class NativeViewer(Viewer):
     """The native wire."""
 
     wire = staticmethod(native.encoder)
-    words = words_in_events(first=native.retry(RETRY_MS), gone=native.encode_gone, last=come_back)
+    words = words_in_events(first=come_back, gone=native.encode_gone, last=come_back)
 
 
 class NotNow(Response):

@@ -20,7 +20,7 @@ from tests.conftest import ask, changed, running_api, running_worker
 JSON = {"content-type": "application/json"}
 QUESTION = {"messages": [{"role": "user", "content": prompt(chunks=3)}]}
 EVENTS = {"accept": "text/event-stream"}
-ID = re.compile(rb"[a-z2-7]{32}|chatcmpl-emulator\d+|\"created\":\d+")
+OWN = re.compile(rb"[a-z2-7]{32}|chatcmpl-emulator\d+|\"created\":\d+|(?<=retry: )\d+")
 
 
 def asked(body: Any = QUESTION, **headers: str) -> tuple[str, str, dict[str, str], bytes]:
@@ -83,7 +83,7 @@ WATCHED = {
 def alike(response: httpx2.Response) -> Any:
     """All but what is of each request."""
     headers = {k: v for k, v in response.headers.items() if k not in {"date", "content-length"}}
-    return response.status_code, ID.sub(b"", str(headers).encode()), ID.sub(b"", response.content)
+    return response.status_code, OWN.sub(b"", str(headers).encode()), OWN.sub(b"", response.content)
 
 
 @pytest.fixture
