@@ -13,7 +13,6 @@ from api.held_viewer import HeldViewer, Superseded
 from api.long_response import Exit
 from api.openai_errors import (
     RESPONSES,
-    STATUSES,
     failed,
     failure_of,
     refusal,
@@ -45,7 +44,7 @@ class ChatCompletionViewer(HeldViewer):
         return failed(self._feed)
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
-        return refusal(STATUSES.get(code, status), code, detail)
+        return refusal(codec.STATUSES.get(code, status), code, detail)
 
 
 class WithUsage(ChatCompletionViewer):
@@ -111,5 +110,5 @@ def _whole(feed: Feed) -> Response:
     if failure := failure_of(feed):
         return failure
     if feed.events[-1].kind == CANCELLED:
-        return refusal(STATUSES[CANCELLED], CANCELLED, "The answer was cancelled.")
+        return refusal(codec.STATUSES[CANCELLED], CANCELLED, codec.CANCELLED_MESSAGE)
     return Response(to_json(codec.fold(feed.events)), media_type="application/json")

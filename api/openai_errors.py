@@ -9,21 +9,8 @@ from pydantic import BaseModel
 
 from api.feed import Feed
 from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
-from api.wires.chat_completions import error
+from api.wires.chat_completions import OTHER_STATUS, STATUSES, error
 from relay.events import FAILED
-
-STATUSES = {
-    "answer_timeout": 504,
-    "cancelled": 400,
-    "content_filter": 400,
-    "internal": 500,
-    "interrupted": 503,
-    "upstream_rate_limited": 429,
-    "upstream_refused": 400,
-    "upstream_timeout": 504,
-    "upstream_unavailable": 503,
-}
-"""Of an answer that failed before its first chunk, or is told as a whole; any other is 502."""
 
 
 class Detail(BaseModel):
@@ -47,6 +34,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     404: {"model": OpenAIError, "description": "There is no such model"},
     409: {"model": OpenAIError, "description": "The Idempotency-Key came with another body before"},
+    410: {"model": OpenAIError, "description": "The answer was erased or lost meanwhile"},
     413: {"model": OpenAIError, "description": "The body is too large"},
     429: {"model": OpenAIError, "description": "The model service is at its limit"},
     500: {"model": OpenAIError, "description": "Something went wrong here"},
@@ -71,7 +59,7 @@ def failed(feed: Feed) -> Response:
     """Of an answer that has failed. The model service's own code goes before ours: programs match
     on it, as on `context_length_exceeded`."""
     value = feed.events[-1].value()
-    status, theirs = STATUSES.get(value["code"], 502), value.get("upstream", {})
+    status, theirs = STATUSES.get(value["code"], OTHER_STATUS), value.get("upstream", {})
     code = theirs.get("code", value["code"])
     response = refusal(status, code, value["message"], param=theirs.get("param"))
     if not (feed.begun and value["retryable"]):

@@ -102,7 +102,7 @@ async def _stream_id(
 ) -> str:
     stream_id = response_id.removeprefix("resp_")
     if stream_id == response_id or not is_stream_id(stream_id):
-        raise StreamUnknown("There is no response with this id.")
+        raise StreamUnknown("There is no response with this id: check it.")
     return stream_id
 
 

@@ -51,7 +51,7 @@ async def _stream_id(
     stream_id: Annotated[str, Path(description="As POST /chat returned it.")],
 ) -> str:
     if not is_stream_id(stream_id):
-        raise StreamUnknown("There is no stream with this id.")
+        raise StreamUnknown("There is no stream with this id: check it.")
     return stream_id
 
 
@@ -167,7 +167,7 @@ async def several(
     if len(stream_ids) > MOST_STREAMS:
         raise BadRequest(f"ids: at most {MOST_STREAMS} streams share a connection.")
     if not all(is_stream_id(stream_id) for stream_id in stream_ids):
-        raise StreamUnknown("There is no stream with one of these ids.")
+        raise StreamUnknown("There is no stream with one of these ids: check them.")
     given = last_event_id or last_event_id_in_query
     places = multiplexed.split(given, len(stream_ids))
     try:

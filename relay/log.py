@@ -21,7 +21,7 @@ JOB = "generate"
 
 Recovery = Literal["restart", "fail"]
 
-GONE = "This stream is gone: it was erased, has expired or was lost."
+GONE = "This stream was erased, has expired or was lost: ask again."
 
 BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.openai_errors import failed
+from api.wires.chat_completions import encoder
 from cli.redis_server import RedisServer
 from emulator.app import Emulator
 from emulator.script import prompt
@@ -241,7 +242,10 @@ def test_a_failure_has_the_status_that_openai_has_for_it(code: str, status: int)
     feed = Feed("id")
     value = {"code": code, "message": "It failed.", "retryable": True}
     feed.add([Event(Cursor(1, 0), FAILED, to_json(value))], read=True)
-    assert failed(feed).status_code == status
+    response = failed(feed)
+    assert response.status_code == status
+    in_stream = encoder()(feed.events[-1])
+    assert json.loads(in_stream.removeprefix(b"data: ")) == json.loads(bytes(response.body))
 
 
 @pytest.mark.parametrize(("status", "retried"), [(429, True), (503, True), (401, False)])
@@ -344,9 +348,11 @@ async def test_a_cancelled_answer_is_an_error_and_no_end(stack: httpx2.AsyncClie
     whole = await stack.post(**to, json=asked)
     assert "data: [DONE]" not in lines
     assert whole.status_code == 400
-    for told in (json.loads(lines[-1].removeprefix("data: ")), whole.json()):
-        assert told["error"]["code"] == "cancelled"
-        assert told["error"]["message"].endswith(".")
+    told = whole.json()
+    assert json.loads(lines[-1].removeprefix("data: ")) == told
+    assert told["error"]["code"] == "cancelled"
+    assert told["error"]["type"] == "invalid_request_error"
+    assert told["error"]["message"].endswith(".")
 
 
 async def taken(stream: Any) -> tuple[str, str | None]:

@@ -187,7 +187,7 @@ async def test_a_failed_answer_and_an_unknown_stream_are_told_in_a_sentence(
     assert "filter refused the prompt" in printed
     assert await chat.wait() == 1
     watch = await relay("watch", "nonsense", folder=tmp_path, RELAY_URL=url)
-    assert await output(watch) == "relay: There is no stream with this id.\n"
+    assert await output(watch) == "relay: There is no stream with this id: check it.\n"
     assert await watch.wait() == 1
 
 

@@ -333,7 +333,7 @@ async def test_an_address_that_names_no_stream_says_so_and_asks_no_more(
 ) -> None:
     asked = requests_of(page, "/events")
     await page.goto(address(stack, name))
-    await expect(status_on(page)).to_have_text("There is no stream with this id.")
+    await expect(status_on(page)).to_have_text("There is no stream with this id: check it.")
     await asks_nothing_more(page)
     assert len(asked) <= 1
     await expect(stop_on(page)).to_be_hidden()

@@ -13,10 +13,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.chat_request import Asked, ChatRequest
-from api.openai_errors import STATUSES
 from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
+from api.wires.chat_completions import STATUSES
 from relay.ids import new_stream_id
 from relay.log import VIEWERS_SECONDS, Log
 from relay.settings import MIB, Settings

@@ -393,7 +393,7 @@ async def test_a_refusal_names_identifiers_only(error: dict[str, Any], reason: s
     async with answering(refusal(400, **error)) as (url, _), azure(url) as upstream:
         _, failure = await failure_of(upstream)
     assert failure.code == "upstream_refused"
-    assert failure.message == f"The model service refused the request{reason}."
+    assert failure.message == f"The model service refused the request{reason}: change it."
 
 
 async def test_a_refusal_without_an_end_is_a_refusal_all_the_same(

@@ -96,17 +96,20 @@ def _error_in(body: bytes) -> dict[str, Any]:
 def _told(status: int, code: str, param: str) -> tuple[str, str, bool]:
     """Code, message, and whether the same may succeed later; of a status and the vendor's names."""
     if code == "content_filter":
-        return "content_filter", "The model service's filter refused the prompt.", False
+        message = "The model service's filter refused the prompt: change it."
+        return "content_filter", message, False
     if status == 429:
         message = "The model service is at its limit: wait, then ask again."
         return "upstream_rate_limited", message, True
     if status in {401, 403}:
-        return "upstream_denied", "The model service refused this server's key.", False
+        message = "The model service refused this server's key: tell its operator."
+        return "upstream_denied", message, False
     if status == 404 or 300 <= status < 400:
-        message = "The model service does not know this server's deployment or model."
+        message = "The model service does not know this server's deployment: tell its operator."
         return "upstream_missing", message, False
     if status in {408, 409} or status >= 500:
         return "upstream_unavailable", "The model service is not available: ask again.", True
-    reason = ", ".join(filter(None, (code, param)))
-    message = f"The model service refused the request{f' ({reason})' if reason else ''}."
+    names = ", ".join(filter(None, (code, param)))
+    reason = f" ({names})" if names else ""
+    message = f"The model service refused the request{reason}: change it."
     return "upstream_refused", message, False

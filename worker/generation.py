@@ -117,10 +117,12 @@ class Generation:
                 self._cause = error.cause
                 code, message, retryable = error.code, error.message, error.retryable
             case TimeoutError():
-                code, message, retryable = "answer_timeout", "The answer took too long.", False
+                message = "The answer took too long: ask for less."
+                code, retryable = "answer_timeout", False
             case _:
                 logger.error("generation_died", **self._names, exc_info=error)
-                code, message, retryable = "internal", "Something went wrong here.", True
+                message = "Something went wrong here: ask again."
+                code, retryable = "internal", True
         told: dict[str, Any] = {"code": code, "message": message, "retryable": retryable}
         if isinstance(error, Refused) and error.names:
             told["upstream"] = error.names

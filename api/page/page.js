@@ -64,7 +64,7 @@ function show() {
   link.hidden = cancel.hidden = !id;
   link.href = location.href;
   // Anything else, such as "..", would lead to another path than a stream's.
-  if (id && !/^\w+$/.test(id)) refuse("There is no stream with this id.");
+  if (id && !/^\w+$/.test(id)) refuse("There is no stream with this id: check it.");
   else if (id) follow(id, watching.signal);
   else say("");
 }

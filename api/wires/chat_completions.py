@@ -15,6 +15,22 @@ INTERRUPTED = {
     "code": "interrupted",
     "message": "The answer was begun anew: watch it by its X-Stream-Id, or ask again.",
 }
+CANCELLED_MESSAGE = "The answer was cancelled: ask again if that was not meant."
+STATUSES = {
+    "answer_timeout": 504,
+    "cancelled": 400,
+    "content_filter": 400,
+    "internal": 500,
+    "interrupted": 503,
+    "stream_gone": 410,
+    "upstream_rate_limited": 429,
+    "upstream_refused": 400,
+    "upstream_timeout": 504,
+    "upstream_unavailable": 503,
+}
+"""Of an answer that failed, by its code. One that has begun has its status already, but the type of
+its error is the same."""
+OTHER_STATUS = 502
 _GAP = "(the text)"
 # Said again, whole, by each part that has it; everything else that is text goes on where it was.
 _REPEATED = frozenset({"id", "type", "role", "index"})
@@ -48,7 +64,7 @@ class _Encoder:
         if event.kind == FAILED:
             return encode_error(event.value())
         if event.kind == CANCELLED:
-            return encode_error({"code": "cancelled", "message": "The answer was cancelled."})
+            return encode_error({"code": CANCELLED, "message": CANCELLED_MESSAGE})
         chunk = self._expander.chunk(event)
         return b"" if chunk is None else self._encode(chunk)
 
@@ -69,14 +85,15 @@ class _Encoder:
 
 def encode_error(value: dict[str, Any]) -> bytes:
     """How this wire says in the middle of a stream that it will not be finished."""
-    return _frame({"error": error(value["code"], value["message"])})
+    status = STATUSES.get(value["code"], OTHER_STATUS)
+    return _frame({"error": error(value["code"], value["message"], status=status)})
 
 
 def encode_gone(gone: StreamGone) -> bytes:
     return encode_error({"code": gone.code, "message": gone.message})
 
 
-def error(code: str, message: str, *, param: str | None = None, status: int = 500) -> Chunk:
+def error(code: str, message: str, *, status: int, param: str | None = None) -> Chunk:
     kind = "invalid_request_error" if 400 <= status < 500 and status != 429 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
