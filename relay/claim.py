@@ -29,6 +29,12 @@ INTERRUPTED = {
     "retryable": True,
 }
 
+OVERDUE = {
+    "code": "queue_timeout",
+    "message": "No worker took the question in time: ask again.",
+    "retryable": True,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -69,7 +75,8 @@ class Claims:
         queue_limit: int,
         max_attempts: int,
     ) -> None:
-        """`max_attempts`: so many may fail, then the stream ends; a hand-over is no failure."""
+        """`max_attempts`: so many may fail, then the stream ends; a hand-over is no failure.
+        `live_ms`: as Log has it."""
         self._redis = redis
         self._worker = worker
         self._lease_ms = lease_ms
@@ -83,6 +90,7 @@ class Claims:
         self._claim = script(redis, "claim")
         self._renew = script(redis, "renew")
         self._release = script(redis, "release")
+        self._overdue = script(redis, "overdue")
 
     @classmethod
     def configured(cls, redis: Redis, worker: str, settings: Settings) -> Self:
@@ -154,6 +162,19 @@ class Claims:
         interrupted, if it was tried often enough or asked not to be begun anew.
         """
         return await self._let_go()
+
+    async def end_overdue(self) -> list[str]:
+        """End as failed what waits in the queue for too long; the ids of those streams."""
+        ids = await self._overdue(
+            keys=[keys.QUEUE, keys.LEASES, keys.WEBHOOKS, keys.ENDED],
+            args=[
+                *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+                self._live_ms,
+                self._retention_ms,
+                to_json(OVERDUE),
+            ],
+        )
+        return [stream_id.decode() for stream_id in ids]
 
     async def wait_for_job(self, redis: Redis, seconds: float) -> None:
         """Return when a job was queued, or after `seconds`. `redis` must allow a call that long."""

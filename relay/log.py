@@ -118,6 +118,8 @@ class Log:
     """
 
     def __init__(self, redis: Redis, *, live_ms: int, retention_ms: int, queue_limit: int) -> None:
+        """`live_ms`: so long Redis keeps an open stream after its birth or the last renewal of its
+        claim; `retention_ms`: one that has ended. In what `live_ms` is longer it may wait."""
         self._redis = redis
         self._live_ms = live_ms
         self._retention_ms = retention_ms

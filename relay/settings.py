@@ -178,7 +178,9 @@ class Settings(BaseSettings):
 
     @property
     def live_ms(self) -> int:
-        return self.live_seconds * 1000
+        """How long Redis keeps an open stream. Longer than that may wait, so that a worker which
+        comes late can still end it."""
+        return self.live_seconds * 1000 + self.retention_ms
 
     @property
     def retention_ms(self) -> int:

@@ -376,6 +376,62 @@ async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
     assert await redis.pttl(keys.job(stream_id)) >= await redis.pttl(keys.state(stream_id)) - 1_000
 
 
+# What nobody takes in time.
+
+
+def patient(redis: Redis) -> tuple[Log, Claims]:
+    """A stream of theirs may wait for 20 seconds."""
+    log = make_log(redis, live_ms=80_000, retention_ms=60_000)
+    return log, make_claims(redis, live_ms=80_000, retention_ms=60_000)
+
+
+async def waits_since(redis: Redis, stream_id: str, waited_ms: int) -> None:
+    """As if it had come then, or had been let go by its last owner."""
+    await redis.zadd(keys.QUEUE, {stream_id: 1})
+    for key in (keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)):
+        await redis.pexpire(key, 80_000 - waited_ms)
+
+
+async def test_what_waits_for_too_long_ends_as_failed_and_is_kept(redis: Redis) -> None:
+    log, claims = patient(redis)
+    stream_id = (await log.create(REQUEST, webhook="https://x")).stream_id
+    await waits_since(redis, stream_id, 20_000)
+    assert await claims.end_overdue() == [stream_id]
+    assert await claims.end_overdue() == []
+    end = (await log.read(stream_id))[-1]
+    assert (end.kind, end.value()["code"]) == (FAILED, "queue_timeout")
+    assert await places(redis) == ([], [])
+    assert await claims.claim(1) == []
+    assert 59_000 < await log.remaining_ms(stream_id) <= 60_000
+    assert await redis.zrange(keys.WEBHOOKS, 0, -1) == [stream_id.encode()]
+    assert (await log.load()).ended[FAILED] == 1
+
+
+async def test_what_may_still_wait_stays_in_the_queue_however_long_ago_it_came(
+    redis: Redis,
+) -> None:
+    log, claims = patient(redis)
+    [stream_id] = await create(log)
+    await waits_since(redis, stream_id, 19_000)
+    assert await claims.end_overdue() == []
+    assert await places(redis) == ([stream_id], [])
+
+
+@pytest.mark.parametrize("gone", ["expired", "ended"])
+async def test_what_nobody_waits_for_any_more_leaves_the_queue_in_silence(
+    redis: Redis, gone: str
+) -> None:
+    log, claims = patient(redis)
+    [stream_id] = await create(log)
+    if gone == "expired":
+        await redis.delete(keys.log(stream_id), keys.state(stream_id), keys.job(stream_id))
+    else:
+        await log.cancel(stream_id)
+    await redis.zadd(keys.QUEUE, {stream_id: 1})
+    assert await claims.end_overdue() == []
+    assert await places(redis) == ([], [])
+
+
 async def begun(log: Log, claims: Claims, recovery: Recovery) -> Claim:
     """A claim that has written, so that viewers know of it."""
     await log.create(REQUEST, recovery=recovery)

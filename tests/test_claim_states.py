@@ -31,6 +31,8 @@ from tests.conftest import append, make_claims, make_log
 T = TypeVar("T")
 LEASE_MS = 5_000
 MAX_ATTEMPTS = 2
+RETENTION_MS = 10**9
+WAIT_MS = 20_000
 RECOVERIES: tuple[Recovery, ...] = ("restart", "fail")
 WORKERS = ("one", "two", "three")
 
@@ -46,6 +48,8 @@ class Expected:
     begun: bool = False
     """Whether the newest claim has written anything, so that viewers know of it."""
     holder: Claim | None = None
+    touched_ms: int = 0
+    """When it was born, or its claim last taken or renewed."""
     until_ms: float = 0
     """On half a millisecond, if it is the one turn more that an outage of all sweeps gives."""
     cancel_asked: bool = False
@@ -105,15 +109,15 @@ class Streams(RuleBasedStateMachine):
         self.clock.start()
         self.runner = asyncio.Runner()
         self.redis = FakeAsyncRedis()
-        self.log = make_log(self.redis, live_ms=10**9, retention_ms=10**9)
+        self.log = make_log(self.redis, live_ms=RETENTION_MS + WAIT_MS, retention_ms=RETENTION_MS)
         self.outbox = Outbox(self.redis)
         self.claims = {
             worker: make_claims(
                 self.redis,
                 worker,
                 lease_ms=LEASE_MS,
-                live_ms=10**9,
-                retention_ms=10**9,
+                live_ms=RETENTION_MS + WAIT_MS,
+                retention_ms=RETENTION_MS,
                 max_attempts=MAX_ATTEMPTS,
             )
             for worker in WORKERS
@@ -141,7 +145,7 @@ class Streams(RuleBasedStateMachine):
         self.now_ms += 1  # Within one millisecond the order of the queue is that of the random ids.
         creating = self.log.create({}, recovery=recovery, webhook="https://x" if webhook else "")
         stream_id = self.run(creating).stream_id
-        self.expected[stream_id] = Expected(recovery, webhook=webhook)
+        self.expected[stream_id] = Expected(recovery, webhook=webhook, touched_ms=self.now_ms)
         return stream_id
 
     @rule(target=writers, worker=st.sampled_from(WORKERS), want=st.integers(1, 2))
@@ -160,7 +164,8 @@ class Streams(RuleBasedStateMachine):
         assert claim.attempt > stream.attempt
         stream.attempt, stream.begun = claim.attempt, False
         assert not stream.cancel_asked
-        stream.holder, stream.until_ms = claim, self.now_ms + LEASE_MS
+        stream.holder, stream.touched_ms = claim, self.now_ms
+        stream.until_ms = self.now_ms + LEASE_MS
         return Writer(worker, claim, [entry(STARTED, {"owner": claim.owner})])
 
     @rule(writer=writers, repeat=st.booleans(), more=st.integers(0, 2))
@@ -203,7 +208,7 @@ class Streams(RuleBasedStateMachine):
         verdict = "lost"
         if stream.holder is writer.claim:
             verdict = "cancel" if stream.cancel_asked else "held"
-            stream.until_ms = self.now_ms + LEASE_MS
+            stream.until_ms, stream.touched_ms = self.now_ms + LEASE_MS, self.now_ms
         assert self.run(self.claims[writer.worker].renew([writer.claim])) == [verdict]
 
     @rule(writer=writers)
@@ -261,6 +266,18 @@ class Streams(RuleBasedStateMachine):
         lapsed = {id_: each for id_, each in held.items() if each.until_ms <= self.now_ms}
         swept = self.run(self.claims[worker].sweep())
         assert dict(swept) == {id_: each.let_go() for id_, each in lapsed.items()}
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def end_overdue(self, worker: str) -> None:
+        overdue = {
+            id_: each
+            for id_, each in self.expected.items()
+            if each.open and not each.holder and self.now_ms - each.touched_ms >= WAIT_MS
+        }
+        assert set(self.run(self.claims[worker].end_overdue())) == set(overdue)
+        for stream in overdue.values():
+            stream.kinds.append(FAILED)
+            stream.end(FAILED)
 
     @rule(stream_id=streams)
     def cancel(self, stream_id: str) -> None:

@@ -210,7 +210,7 @@ async def test_the_oldest_job_comes_first(
     ids = []
     for number in range(4):
         ids.append(await create(log, text=[f"job {number}"]))
-        await redis.zadd(keys.QUEUE, {ids[-1]: number})
+        await redis.zadd(keys.QUEUE, {ids[-1]: time.time() * 1000 + number})
     async with running_worker(changed(settings, concurrency=1)):
         for stream_id in ids:
             await whole(redis, log, stream_id)
@@ -307,6 +307,22 @@ async def test_a_job_that_kills_its_workers_is_ended_as_interrupted(
         events = await whole(redis, log, stream_id)
     assert events[-1].value()["code"] == "interrupted"
     assert emulator.total == 0
+
+
+async def test_what_no_worker_takes_in_time_fails(
+    redis: Redis, settings: Settings, emulator: Emulator
+) -> None:
+    settings = changed(settings, concurrency=1, live_seconds=1, lease_seconds=0.2)
+    log = Log.configured(redis, settings)
+    async with running_worker(settings):
+        taken = await create(log, chunks=1, end="stall")
+        await arrival(emulator)
+        waits = await create(log, chunks=1)
+        events = await whole(redis, log, waits)
+        assert (await log.state(taken)).status == "running"
+    assert kinds(events) == ["queued", "failed"]
+    assert events[-1].value()["code"] == "queue_timeout"
+    assert emulator.total == 1
 
 
 async def test_a_lease_that_is_renewed_does_not_lapse(

@@ -246,6 +246,9 @@ class ClaimingWorker(Worker):
         for stream_id, ended in await self._claims.sweep():
             logger.warning("lease_lapsed", stream=stream_id, ended=ended or None)
             self._deliveries.wake()
+        for stream_id in await self._claims.end_overdue():
+            logger.warning("queue_timeout", stream=stream_id)
+            self._deliveries.wake()
 
     def _obey(self, _: str, message: bytes) -> None:
         order, _, stream_id = message.decode().partition(" ")

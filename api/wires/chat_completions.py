@@ -22,6 +22,7 @@ STATUSES = {
     "content_filter": 400,
     "internal": 500,
     "interrupted": 503,
+    "queue_timeout": 503,
     "stream_gone": 410,
     "upstream_rate_limited": 429,
     "upstream_refused": 400,
