@@ -150,10 +150,10 @@ class Claims:
         )
         return [verdict.decode() for verdict in verdicts]
 
-    async def hand_over(self, claim: Claim) -> None:
+    async def hand_over(self, claim: Claim) -> list[Released]:
         """Back into the queue, at its old place, at no cost of a try. A stream that asked not to be
-        begun anew ends as interrupted, if it had begun."""
-        await self._let_go(claim.owner, claim.stream_id)
+        begun anew ends as interrupted, if it had begun. Nothing is let go that was lost."""
+        return await self._let_go(claim.owner, claim.stream_id)
 
     async def sweep(self) -> list[Released]:
         """Let go of every claim whose lease has lapsed.

@@ -214,10 +214,11 @@ class Streams(RuleBasedStateMachine):
     @rule(writer=writers)
     def hand_over(self, writer: Writer) -> None:
         stream = self.expected[writer.claim.stream_id]
-        self.run(self.claims[writer.worker].hand_over(writer.claim))
-        if stream.holder is writer.claim:
+        released = self.run(self.claims[writer.worker].hand_over(writer.claim))
+        assert bool(released) == (stream.holder is writer.claim)
+        if released:
             stream.tries -= 1
-            stream.let_go()
+            assert released == [(writer.claim.stream_id, stream.let_go())]
 
     @rule(stream_id=streams)
     def forget_the_claim(self, stream_id: str) -> None:

@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 from emulator.app import Emulator, Record
 from relay import keys
 from relay.chunks import Compactor
-from relay.claim import Claim, Claims
+from relay.claim import Claim, Claims, Released
 from relay.errors import StreamGone
-from relay.events import Event, text_of, to_json
-from relay.log import Log
+from relay.events import WHOLE, Event, text_of, to_json
+from relay.log import Log, Recovery
 from relay.settings import Settings
 from tests.conftest import append, asking, changed, make_claims, running_worker
 from worker.claiming import CLAIMED_AT_ONCE, ClaimingWorker
@@ -543,10 +543,10 @@ async def test_a_hand_over_that_has_begun_is_not_cut_by_the_close(
     begun, go_on = asyncio.Event(), asyncio.Event()
     ask_redis = Claims.hand_over
 
-    async def hand_over(self: Claims, claim: Claim) -> None:
+    async def hand_over(self: Claims, claim: Claim) -> list[Released]:
         begun.set()
         await go_on.wait()
-        await ask_redis(self, claim)
+        return await ask_redis(self, claim)
 
     monkeypatch.setattr("relay.claim.Claims.hand_over", hand_over)
     async with running_worker(changed(settings, **LONG)) as worker:
@@ -558,6 +558,24 @@ async def test_a_hand_over_that_has_begun_is_not_cut_by_the_close(
         asyncio.get_running_loop().call_later(0.05, go_on.set)
     assert await tries_of(redis, stream_id) == 0
     assert (await log.state(stream_id)).place == 1
+
+
+@pytest.mark.parametrize(("recovery", "ended"), [("restart", None), ("fail", "failed")])
+async def test_the_log_says_what_became_of_a_stream_that_is_handed_over(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    caplog: Any,
+    recovery: Recovery,
+    ended: str | None,
+) -> None:
+    async with running_worker(changed(settings, **LONG)) as worker:
+        asked = asking(chunks=1, end="stall")
+        stream_id = (await log.create(asked, recovery=recovery)).stream_id
+        await log_when(redis, log, stream_id, lambda event: event.kind == WHOLE)
+        worker.handle_sig(signal.SIGTERM)
+    [told] = [record.msg for record in caplog.records if record.msg["event"] == "handed_over"]
+    assert (told["stream"], told["ended"]) == (stream_id, ended)
 
 
 async def tries_of(redis: Redis, stream_id: str) -> int:

@@ -212,8 +212,9 @@ class ClaimingWorker(Worker):
 
     async def _hand_over(self, claim: Claim) -> None:
         try:
-            await self._claims.hand_over(claim)
-            logger.info("handed_over", stream=claim.stream_id, attempt=claim.attempt)
+            for stream_id, ended in await self._claims.hand_over(claim):
+                told = {"stream": stream_id, "attempt": claim.attempt, "ended": ended or None}
+                logger.info("handed_over", **told)
         except RedisError as error:
             # Its lease lapses, and a sweep finds it.
             logger.warning("hand_over_failed", stream=claim.stream_id, error=type(error).__name__)
