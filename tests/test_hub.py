@@ -76,6 +76,11 @@ class Writer:
         self._next = 0
         await self.append(entry(STARTED, {"attempt": self._claim.attempt, "model": "m"}))
 
+    def cursors(self, *seqs: int) -> list[str]:
+        """Of the newest attempt."""
+        assert self._claim is not None
+        return [str(Cursor(self._claim.attempt, seq)) for seq in seqs]
+
     async def say(self, *texts: str) -> None:
         await self.append(*(entry(TEXT, text) for text in texts))
 
@@ -253,7 +258,7 @@ async def test_what_is_expected_is_whole_and_nothing_of_it_is_read(
     await writer.finish()
     async with watching(hub, feed.stream_id) as taker:
         await taker.has(b"completed")
-    assert [frame.id for frame in taker.frames] == ["1-0", "1-1", "1-2"]
+    assert [frame.id for frame in taker.frames] == writer.cursors(0, 1, 2)
     assert feed.events == await make_log(redis).read(feed.stream_id)
     assert calls["read"] == 1, "that was ours"
     hub.leave(feed)
@@ -336,11 +341,12 @@ async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
             return not hub._reading
 
         await until(has_caught_up)
-        await redis.xadd(keys.log(writer.stream_id), {"t": '"unheard"'}, id="1-2")
-        await redis.xadd(keys.log(writer.stream_id), {"t": '"heard too"'}, id="1-3")
-        await redis.publish(keys.channel(writer.stream_id), b'1-3\nt "heard too"')
+        unheard, heard_too = writer.cursors(2, 3)
+        await redis.xadd(keys.log(writer.stream_id), {"t": '"unheard"'}, id=unheard)
+        await redis.xadd(keys.log(writer.stream_id), {"t": '"heard too"'}, id=heard_too)
+        await redis.publish(keys.channel(writer.stream_id), f'{heard_too}\nt "heard too"')
         await taker.has(b"heard too")
-    assert [frame.id for frame in taker.frames] == ["1-0", "1-1", "1-2", "1-3"]
+    assert [frame.id for frame in taker.frames] == writer.cursors(0, 1, 2, 3)
 
 
 async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
@@ -372,7 +378,8 @@ async def test_a_lost_last_publication_is_found_by_the_patrol(
     await writer.begin()
     async with watching(hub, writer.stream_id) as taker:
         await taker.has(b"started")
-        await redis.xadd(keys.log(writer.stream_id), {"completed": "{}"}, id="1-1")
+        [last] = writer.cursors(1)
+        await redis.xadd(keys.log(writer.stream_id), {"completed": "{}"}, id=last)
         await taker.has(b"completed", seconds=2 * hub_module.PATROL_SECONDS)
 
 
@@ -740,11 +747,11 @@ async def test_the_cache_keeps_to_its_bytes(redis: Redis) -> None:
 async def test_a_cursor_above_the_top_waits_for_what_follows_it(hub: Hub, writer: Writer) -> None:
     """Redis may have lost a tail that the viewer has and the worker is about to append again."""
     await writer.begin()
-    async with watching(hub, writer.stream_id, after="1-2") as taker:
+    async with watching(hub, writer.stream_id, after=writer.cursors(2)[0]) as taker:
         await writer.say("one", "two", "three")
         await writer.finish()
         await taker.has(b"completed")
-    assert [frame.id for frame in taker.frames] == ["1-3", "1-4"]
+    assert [frame.id for frame in taker.frames] == writer.cursors(3, 4)
 
 
 async def test_a_cursor_of_an_attempt_that_is_over_leads_to_the_newest_start(
@@ -752,11 +759,11 @@ async def test_a_cursor_of_an_attempt_that_is_over_leads_to_the_newest_start(
 ) -> None:
     await writer.begin()
     await writer.say("one", "two")
+    [cursor] = writer.cursors(1)
     await writer.begin()
-    async with watching(hub, writer.stream_id, after="1-1") as taker:
+    async with watching(hub, writer.stream_id, after=cursor) as taker:
         await taker.has(b"started")
-    assert taker.frames[0].id == "2-0"
-    assert Cursor.parse(taker.frames[0].id) == (2, 0)
+    assert [frame.id for frame in taker.frames] == writer.cursors(0)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.conftest import ask, changed, running_api, running_worker
 JSON = {"content-type": "application/json"}
 QUESTION = {"messages": [{"role": "user", "content": prompt(chunks=3)}]}
 EVENTS = {"accept": "text/event-stream"}
-OWN = re.compile(rb"[a-z2-7]{32}|chatcmpl-emulator\d+|\"created\":\d+|(?<=retry: )\d+")
+OWN = re.compile(rb"[a-z2-7]{32}|chatcmpl-emulator\d+|\"created\":\d+|(?<=retry: )\d+|(?<=id: )\d+")
 
 
 def asked(body: Any = QUESTION, **headers: str) -> tuple[str, str, dict[str, str], bytes]:
