@@ -53,7 +53,7 @@ def get_logger(name: str) -> Logger:
 
 
 class _NotAgain(logging.Filter):
-    """A warning of ours that names no stream is not written again for a while, though its numbers
+    """A line of ours that names no stream is not written again for a while, though its numbers
     differ: with Redis away, each part of a process would say so five times a second."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _NotAgain(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.msg
-        if record.levelno != logging.WARNING or not isinstance(said, dict) or "stream" in said:
+        if record.levelno > logging.WARNING or not isinstance(said, dict) or "stream" in said:
             return True
         words = {k: v for k, v in said.items() if isinstance(v, str) and k != "timestamp"}
         line, now = str(words), time.monotonic()

@@ -69,14 +69,15 @@ def test_a_warning_whose_numbers_alone_differ_is_not_repeated_either(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_warning_is_not_repeated_for_a_while_unless_it_is_of_another_stream(
+def test_a_line_is_not_repeated_for_a_while_unless_it_is_of_a_stream(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with configured("worker", "json"):
         log = get_logger("worker")
         for _ in range(3):
             log.warning("claim_failed", error="ConnectionError")
-            log.info("worker_ready")
+            log.info("redis_back", seconds=0.2)
+            log.error("part_died")
         log.warning("claim_failed", error="TimeoutError")
         log.warning("lease_lapsed", stream="a")
         log.warning("lease_lapsed", stream="a")
@@ -85,9 +86,10 @@ def test_a_warning_is_not_repeated_for_a_while_unless_it_is_of_another_stream(
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(line["event"], line.get("error")) for line in lines] == [
         ("claim_failed", "ConnectionError"),
-        ("worker_ready", None),
-        ("worker_ready", None),
-        ("worker_ready", None),
+        ("redis_back", None),
+        ("part_died", None),
+        ("part_died", None),
+        ("part_died", None),
         ("claim_failed", "TimeoutError"),
         ("lease_lapsed", None),
         ("lease_lapsed", None),
