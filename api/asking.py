@@ -13,6 +13,7 @@ from api.chat_request import Asked
 from api.feed import Feed
 from api.hub import Watching
 from api.parts import Parts, PartsOfApp, WhileResponding
+from relay.connection import reason
 from relay.errors import Draining, StreamGone
 from relay.ids import new_stream_id
 from relay.log import Created, Recovery
@@ -85,7 +86,7 @@ class Asking:
         try:
             await self.parts.cancel(stream_id)
         except (RedisError, StreamGone) as error:  # Nobody is there to hear of it.
-            logger.warning("cancel_failed", stream=stream_id, error=type(error).__name__)
+            logger.warning("cancel_failed", stream=stream_id, error=reason(error))
 
 
 async def _asking(

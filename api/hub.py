@@ -15,6 +15,7 @@ from api.feed import Feed
 from api.finished import Finished
 from api.settle import settle
 from relay import keys
+from relay.connection import reason
 from relay.errors import StreamGone
 from relay.events import decode_batch
 from relay.listener import Listener
@@ -207,7 +208,7 @@ class Hub:
             feed.end_as_gone(gone)
         except RedisError as error:
             # The patrol comes back to it. Told without its stream, as all are unreadable at once.
-            logger.warning("log_unreadable", error=type(error).__name__)
+            logger.warning("log_unreadable", error=reason(error))
         finally:
             self._stale.discard(feed)
             self._reading.discard(feed)

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from relay.connection import reason
 from relay.errors import (
     BadRequest,
     Draining,
@@ -118,7 +119,7 @@ def answer_to(error: Exception, shape: Shape) -> Response:
                 logger.warning("queue_full")
             return shape.refuse(_status_of(error), error.code, error.message)
         case RedisError():
-            logger.warning("redis_away", error=type(error).__name__)
+            logger.warning("redis_away", error=reason(error))
             return shape.refuse(503, "redis_away", REDIS_AWAY_DETAIL)
         case RequestValidationError():
             return shape.refuse_invalid(error)

@@ -25,6 +25,7 @@ from relay.pipe import Pipe
 ANSWER_SECONDS = 2.0
 CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
+_REASON_LENGTH = 200
 
 
 def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_SECONDS) -> Redis:
@@ -33,6 +34,12 @@ def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_S
     redis.auto_close_connection_pool = True
     redis.answer_seconds = answer_seconds
     return redis
+
+
+def reason(error: Exception) -> str:
+    """For a log: what Redis refuses, such as a right that is missing, only its own words tell. They
+    name commands and keys, never what is written."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:_REASON_LENGTH]
 
 
 def check(url: str) -> None:
@@ -47,6 +54,9 @@ def check(url: str) -> None:
 def _pool(url: str, connections: int, answer_seconds: float) -> "_Pool":
     options: dict[str, Any] = dict(parse_url(url))
     options["connection_class"] = _LEAN[options.get("connection_class", Connection)]
+    if options["connection_class"] is _Tls and options.get("ssl_cert_reqs") != "none":
+        # redis-py would take any certificate that the authority ever signed.
+        options.setdefault("ssl_check_hostname", True)
     # Whatever the URL says: leases count on the time limits, and replies are read in this one form.
     ours = {
         "max_connections": connections,

@@ -8,7 +8,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from relay.connection import open_connection
+from relay.connection import open_connection, reason
 from relay.logs import get_logger
 from relay.pipe import Opened, Replies
 
@@ -37,7 +37,7 @@ class _Ear(Replies):
     def take(self, reply: Any) -> None:
         self.heard += 1
         if isinstance(reply, RedisError):
-            logger.warning("channel_refused", error=type(reply).__name__)
+            logger.warning("channel_refused", error=reason(reply))
             self.close()
         elif reply[0] == b"message":
             self._on_message(reply[1].decode(), reply[2])

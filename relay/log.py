@@ -21,7 +21,7 @@ JOB = "generate"
 
 Recovery = Literal["restart", "fail"]
 
-GONE = "This stream was erased, has expired or was lost: ask again."
+GONE = "This stream was erased, has expired or was lost: begin a new one."
 
 BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""

@@ -134,7 +134,8 @@ class Settings(BaseSettings):
             check(url)
         except ValueError:
             raise ValueError(
-                "must be a URL such as redis://HOST:6379/0, with no options but those of redis-py"
+                "must be a URL such as redis://USER:PASSWORD@HOST:6379/0, the password "
+                "percent-encoded, with no options but those of redis-py"
             ) from None
         return url
 

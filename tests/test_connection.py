@@ -1,9 +1,12 @@
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -12,11 +15,22 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
-from relay.connection import ANSWER_SECONDS, WAIT_SECONDS, Piped, connect, open_connection, script
+from relay.connection import (
+    ANSWER_SECONDS,
+    WAIT_SECONDS,
+    Piped,
+    connect,
+    open_connection,
+    reason,
+    script,
+)
+from relay.errors import StreamGone
+from relay.events import COMPLETED, STARTED, entry
 from relay.pipe import Replies
-from tests.conftest import make_claims, until
+from tests.conftest import append, make_claims, make_log, until
 from tests.listening import listening
 from tests.redis_process import running_redis
+from tests.test_post import tls
 
 SCRIPTS = [
     file.name.removesuffix(".lua")
@@ -297,3 +311,81 @@ async def test_a_call_that_is_cancelled_ends_at_whatever_step(redis: Redis) -> N
             task.cancel()
             await asyncio.wait([task], timeout=0.01)
     assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "taken"),
+    [
+        ("127.0.0.1", "", True),
+        ("elsewhere.test", "", False),
+        ("elsewhere.test", "&ssl_check_hostname=false", True),
+        ("elsewhere.test", "&ssl_cert_reqs=none", True),
+    ],
+)
+async def test_a_certificate_is_taken_from_none_but_the_host_that_it_names(
+    redis_server: RedisServer, tmp_path: Path, name: str, options: str, taken: bool
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_redis = await asyncio.open_unix_connection(redis_server.socket)
+        await asyncio.gather(_pump(reader, to_redis[1]), _pump(to_redis[0], writer))
+
+    async with listening(pass_on, tls=tls(authority, name)[0]) as port:
+        url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={tmp_path}/ca.pem{options}"
+        async with connect(url) as redis, asyncio.timeout(5):
+            if taken:
+                assert await redis.ping()
+                return
+            with pytest.raises(RedisConnectionError, match="certificate"):
+                await redis.ping()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
+
+
+@asynccontextmanager
+async def with_rights(redis: Redis, server: RedisServer, *rights: str) -> AsyncIterator[Redis]:
+    """A client that may do all, but for what these rules of Redis' take away."""
+    admin: Any = redis
+    all_rights = ("on", "nopass", "~*", "&*", "+@all")
+    await admin.execute_command("ACL", "SETUSER", "us", *all_rights, *rights)
+    try:
+        async with connect(server.url.replace("unix://", "unix://us:any@")) as client:
+            yield client
+    finally:
+        await admin.execute_command("ACL", "DELUSER", "us")
+
+
+@pytest.mark.parametrize("right", ["resetchannels", "-publish", "-pubsub"])
+async def test_who_may_not_publish_leaves_nothing_half_done(
+    redis: Redis, redis_server: RedisServer, right: str
+) -> None:
+    async with with_rights(redis, redis_server, right) as client:
+        log, claims = make_log(client), make_claims(client)
+        ended, waiting = [(await log.create({})).stream_id for _ in range(2)]
+        [claim] = await claims.claim(1)
+        assert await log.cancel(claim.stream_id) == "cancelling"
+        await append(log, claim, 0, [entry(STARTED, {}), entry(COMPLETED, {})])
+        assert (await log.state(ended)).status == "completed"
+        assert await log.cancel(waiting) == "cancelled"
+        await log.erase(waiting)
+        with pytest.raises(StreamGone):
+            await log.read(waiting)
+
+
+async def test_what_redis_refuses_is_told_in_its_own_words(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with with_rights(redis, redis_server, "-evalsha") as client:
+        with pytest.raises(ResponseError) as refused:
+            await make_log(client).create({})
+    told = reason(refused.value)
+    assert told.startswith("NoPermissionError: ")
+    assert "evalsha" in told
+    assert reason(ResponseError("one\ntwo")) == "ResponseError: one"
+    assert len(reason(ResponseError("long" * 999))) == 200

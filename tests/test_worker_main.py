@@ -146,7 +146,9 @@ async def test_the_check_tells_by_its_code_whether_a_worker_is_alive(
     redis: Redis, env: dict[str, str], tmp_path: Path
 ) -> None:
     async with worker_process(env, tmp_path, "check") as check:
-        assert (await ended(check))[0] == 1
+        code, written = await ended(check)
+    assert code == 1
+    assert "event=worker_silent" in written
     async with worker_process(env, tmp_path) as process:
         await ready(process)
         async with asyncio.timeout(5):

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
+from relay.connection import reason
 from relay.errors import StreamLost
 from relay.log import Appended, Batch, Log
 from relay.logs import get_logger
@@ -79,7 +80,7 @@ class Appender:
         try:
             outcomes = await self._log.append(list(self._taken.values()))
         except RedisError as error:
-            logger.warning("append_failed", streams=len(self._taken), error=type(error).__name__)
+            logger.warning("append_failed", streams=len(self._taken), error=reason(error))
             await self._later(self._taken)
             return
         refused: dict[Writer, ResponseError] = {}

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from relay import keys
 from relay.claim import Claim, Claims, emptied
+from relay.connection import reason
 from relay.listener import Listener
 from relay.logs import get_logger
 from worker.deliveries import Deliveries
@@ -161,7 +162,7 @@ class ClaimingWorker(Worker):
                     self._waiting = True
                     await self._claims.wait_for_job(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
-                logger.warning("claim_failed", error=type(error).__name__)
+                logger.warning("claim_failed", error=reason(error))
                 await asyncio.sleep(REDIS_RETRY_SECONDS)
             finally:
                 self._waiting = False
@@ -217,7 +218,7 @@ class ClaimingWorker(Worker):
                 logger.info("handed_over", **told)
         except RedisError as error:
             # Its lease lapses, and a sweep finds it.
-            logger.warning("hand_over_failed", stream=claim.stream_id, error=type(error).__name__)
+            logger.warning("hand_over_failed", stream=claim.stream_id, error=reason(error))
 
     async def _renew(self) -> None:
         jobs = list(self._held.values())
@@ -270,7 +271,7 @@ class ClaimingWorker(Worker):
             try:
                 await work()
             except RedisError as error:
-                logger.warning("round_failed", work=work.__name__, error=type(error).__name__)
+                logger.warning("round_failed", work=work.__name__, error=reason(error))
                 # A lease that was not renewed runs on: there is no time to wait out the round.
                 pause = min(seconds, REDIS_RETRY_SECONDS)
             await asyncio.sleep(pause)

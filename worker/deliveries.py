@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from relay.connection import reason
 from relay.logs import Logger, get_logger
 from relay.outbox import Delivery, Outbox
 from relay.webhooks import Target, Webhooks, payload
@@ -77,7 +78,7 @@ class Deliveries:
         try:
             return await self._outbox.take(MOST - len(self._under_way))
         except RedisError as error:
-            logger.warning("outbox_unreadable", error=type(error).__name__)
+            logger.warning("outbox_unreadable", error=reason(error))
             return []
 
     def _begin(self, group: asyncio.TaskGroup, delivery: Delivery) -> None:
@@ -100,7 +101,7 @@ class Deliveries:
             raise
         except RedisError as error:
             # Its lease ends, and it comes again.
-            log.warning("webhook_unsettled", error=type(error).__name__)
+            log.warning("webhook_unsettled", error=reason(error))
         except Exception as error:  # So does this one.
             log.error("delivery_died", exc_info=error)
 
@@ -158,7 +159,7 @@ class Deliveries:
         try:
             await self._outbox.postpone(delivery.stream_id, 0)
         except RedisError as error:
-            log.warning("webhook_unsettled", error=type(error).__name__)
+            log.warning("webhook_unsettled", error=reason(error))
 
 
 def seconds_before(number: int, headers: Mapping[str, str], chance: float) -> float:

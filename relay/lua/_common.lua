@@ -32,6 +32,12 @@ local function next_attempt(state)
   return math.max(s[1] + 1, math.floor((now_ms() - s[2]) / 10) + 1)
 end
 
+-- Whom Redis does not let publish must not fail in the middle of a script, which would leave what it
+-- does half done. Who listens finds out by himself, if later.
+local function tell(channel, message)
+  redis.pcall('PUBLISH', channel, message)
+end
+
 -- One atom: entries with explicit ids, their publication, and their place noted in the state.
 -- `entries` alternates kind and data. NOMKSTREAM: an erased log stays erased; then it returns false.
 local function append(log, state, channel, attempt, first, entries)
@@ -42,7 +48,7 @@ local function append(log, state, channel, attempt, first, entries)
     lines[#lines + 1] = entries[i] .. ' ' .. entries[i + 1]
   end
   redis.call('HSET', state, 'next', first + #entries / 2)
-  redis.call('PUBLISH', channel, table.concat(lines, '\n'))
+  tell(channel, table.concat(lines, '\n'))
   return true
 end
 

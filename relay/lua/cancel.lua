@@ -11,7 +11,7 @@ if s[2] then return s[2] end
 if redis.call('ZSCORE', leases, id) then
   redis.call('HDEL', state, 'cancel') -- a full memory must not stop what frees some
   redis.call('HSET', state, 'cancel', 1)
-  redis.call('PUBLISH', control, 'cancel ' .. id)
+  tell(control, 'cancel ' .. id)
   return 'cancelling'
 end
 redis.call('ZREM', queue, id)

@@ -33,4 +33,4 @@ if chat_id ~= '' then
 end
 keep(id, live_ms, log, state)
 enqueue(queue, wake, id, now_exact_ms(), queue_limit)
-return { 'created', id, redis.call('PUBSUB', 'NUMSUB', channel)[2] }
+return { 'created', id, redis.pcall('PUBSUB', 'NUMSUB', channel)[2] or 0 }

@@ -14,5 +14,5 @@ redis.call('DEL', viewers, job)
 redis.call('ZREM', leases, id)
 redis.call('ZREM', queue, id)
 redis.call('ZREM', webhooks, id)
-redis.call('PUBLISH', control, 'erase ' .. id)
+tell(control, 'erase ' .. id)
 return there > 0 and 1 or 0
