@@ -121,7 +121,11 @@ class Bounded(HttpToolsProtocol):
         self.scope["extensions"] = extensions
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # Else it is a trailer: nobody reads it, and there is no end to them.
+        if not self._in_head:
+            return  # A trailer: nobody reads it, and there is no end to them.
+        # Nor does anybody read cookies, and Python before 3.11.10 and 3.12.6 parses them in a time
+        # that grows by the square of their length.
+        if name.lower() != b"cookie":
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

@@ -149,6 +149,14 @@ async def test_trailers_of_a_request_are_not_kept(
     assert headers == [[(b"host", b"x"), (b"transfer-encoding", b"chunked")]]
 
 
+async def test_a_cookie_that_is_slow_to_parse_holds_up_nobody(settings: Settings) -> None:
+    cookie = b'a="' + b"\\" * 60_000 + b'"'
+    async with serving(settings) as server, connected(server.port) as (reader, writer):
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\nCookie: %b\r\n\r\n" % cookie)
+        async with asyncio.timeout(3):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "half",
