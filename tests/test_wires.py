@@ -1,10 +1,13 @@
 """The wires: pure functions, table by table."""
 
 import json
+import time
+from collections.abc import Callable
 
 import pytest
 
-from api.wires import native, text
+from api.wires import chat_completions, native, text
+from relay.chunks import Chunk
 from relay.errors import StreamGone
 from relay.events import (
     COMPLETED,
@@ -45,6 +48,13 @@ CURSOR = Cursor(1, 7)
             "chunk",
             {"choices": [{"index": 1, "delta": {"content": "other"}}]},
         ),
+        (
+            WHOLE,
+            {"chunk": {"choices": [{"index": 0, "delta": {"content": "Hi"}}], "text": "forged"}},
+            "chunk",
+            {"text": "Hi", "choices": [{"index": 0, "delta": {"content": "Hi"}}]},
+        ),
+        (WHOLE, {"chunk": {"text": "forged", "stream_id": "another's"}}, "chunk", {}),
         (COMPLETED, {"finish_reason": "stop"}, "completed", {"finish_reason": "stop"}),
     ],
 )
@@ -104,3 +114,26 @@ def test_text_is_the_text_of_the_first_choice_with_every_emoji_whole(
 ) -> None:
     encode = text.encoder()
     assert b"".join(encode(Event(CURSOR, *each)) for each in entries) == written
+
+
+def with_logprobs(count: int) -> list[Chunk]:
+    return [{"logprobs": {"content": [{"token": "a", "logprob": -1.5}]}}] * count
+
+
+def with_calls(count: int) -> list[Chunk]:
+    return [{"delta": {"tool_calls": [{"index": number} for number in range(count)]}}]
+
+
+@pytest.mark.parametrize("said", [with_logprobs, with_calls])
+def test_an_answer_of_many_parts_is_made_whole_in_a_time_that_grows_with_their_number(
+    said: Callable[[int], list[Chunk]],
+) -> None:
+    def seconds(count: int) -> float:
+        choices = [{"index": 0, **each} for each in said(count)]
+        events = [Event(CURSOR, WHOLE, to_json({"chunk": {"choices": choices}}))]
+        begun = time.process_time()
+        chat_completions.fold(events)
+        return time.process_time() - begun
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (500, 10_000))
+    assert many < 100 * few, "twenty times as many; by the square it would be four hundred"

@@ -161,17 +161,23 @@ def _merge(whole: Chunk, part: Chunk) -> None:
 
 def _merge_lists(known: list[Any], parts: list[Any]) -> None:
     """By their `index` where they have one, as the pieces of tool calls; else one after another."""
+    numbered: dict[int, Any] | None = None  # Made at the first that has one: most lists have none.
     for part in parts:
         index = _index(part)
-        same = [each for each in known if index is not None and _index(each) == index]
-        if same:
-            _merge(same[0], part)
-        else:
+        if index is not None and numbered is None:
+            numbered = {number: each for each in known if (number := _index(each)) is not None}
+        if index is None or numbered is None:
             known.append(_own(part))
+        elif index in numbered:
+            _merge(numbered[index], part)
+        else:
+            numbered[index] = _own(part)
+            known.append(numbered[index])
 
 
-def _index(part: Any) -> Any:
-    return part.get("index") if isinstance(part, dict) else None
+def _index(part: Any) -> int | None:
+    index = part.get("index") if isinstance(part, dict) else None
+    return index if isinstance(index, int) else None
 
 
 def _own(value: Any) -> Any:

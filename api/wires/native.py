@@ -47,6 +47,9 @@ def retry(milliseconds: int) -> bytes:
 
 def _whole(event: Event) -> bytes:
     chunk = event.value()["chunk"]
+    # These names are ours: what an upstream says by them would pass for it.
+    for name in ("text", "stream_id"):
+        chunk.pop(name, None)
     text = first_choice_text(chunk)
     return to_json({"text": text, **chunk} if text else chunk)
 
