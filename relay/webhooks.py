@@ -38,6 +38,8 @@ class Target(NamedTuple):
     port: int
     target: str
     """Path and query."""
+    allowed_by: str
+    """An entry of RELAY_WEBHOOK_HOSTS: the host itself, or a wildcard."""
 
 
 class Webhooks:
@@ -77,12 +79,15 @@ class Webhooks:
         port = int(match["port"] or _PORTS[scheme])
         if not 0 < port <= 65535:
             raise ValueError("has a port outside 1 to 65535")
-        if not (host in self._hosts or any(f"*{end}" in self._hosts for end in _ends(host))):
+        entries = (host, *(f"*{end}" for end in _ends(host)))
+        allowed_by = next((entry for entry in entries if entry in self._hosts), None)
+        if allowed_by is None:
             raise ValueError("names a host that RELAY_WEBHOOK_HOSTS of this server does not allow")
         if scheme == "http" and not self.private:
             raise ValueError("must be https, RELAY_WEBHOOK_PRIVATE of this server is not set")
         target = match["target"] or "/"
-        return Target(scheme, host, port, target if target[0] == "/" else f"/{target}")
+        path = target if target[0] == "/" else f"/{target}"
+        return Target(scheme, host, port, path, allowed_by)
 
     def headers(self, stream_id: str, body: bytes, sent_s: int) -> dict[str, str]:
         """What goes with a body that is sent at `sent_s` (Unix time): the id by which a receiver

@@ -350,6 +350,27 @@ async def test_a_slow_receiver_holds_up_no_other(
     assert len(slow.requests) == 1 + deliveries.MOST + 1
 
 
+async def test_the_hosts_of_a_wildcard_hold_up_no_other_receiver(
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver, names: Names
+) -> None:
+    names["quick.test"] = ["127.0.0.1"]
+    hosts = [f"h{number}.wild.test" for number in range(deliveries.MOST + 10)]
+    for host in hosts:
+        names[host] = ["127.0.0.1"]
+    allowing = changed(settings, webhook_hosts="*.wild.test,quick.test")
+    async with receiving() as wild, telling(allowing):
+        wild.answering.clear()
+        for host in hosts:
+            await ended(log, f"http://{host}:{wild.port}")
+        await wild.request(deliveries.MOST_TO_A_WILDCARD - 1)
+        await ended(log, f"http://quick.test:{receiver.port}")
+        await receiver.request(seconds=3)
+        assert len(wild.requests) == deliveries.MOST_TO_A_WILDCARD
+        wild.answering.set()
+        await settled(redis)
+    assert len(wild.requests) == len(hosts)
+
+
 async def test_a_quick_receiver_is_told_of_many_at_once_and_of_each_at_the_first_try(
     redis: Redis,
     log: Log,

@@ -41,7 +41,7 @@ def tls(authority: trustme.CA, *names: str) -> tuple[ssl.SSLContext, list[str | 
 
 
 def to(receiver: Receiver, scheme: str = "http", host: str = NAME) -> Target:
-    return Target(scheme, host, receiver.port, "/a%20b?c=d")
+    return Target(scheme, host, receiver.port, "/a%20b?c=d", host)
 
 
 async def send(post: Post, target: Target) -> Answer:

@@ -35,18 +35,24 @@ def webhooks(hosts: str = HOSTS, secrets: str = ONE, *, private: bool = False) -
 @pytest.mark.parametrize(
     ("url", "target"),
     [
-        ("https://hooks.test", Target("https", "hooks.test", 443, "/")),
+        ("https://hooks.test", Target("https", "hooks.test", 443, "/", "hooks.test")),
         (
             "https://hooks.test/a%20b?c=@:/",
-            Target("https", "hooks.test", 443, "/a%20b?c=@:/"),
+            Target("https", "hooks.test", 443, "/a%20b?c=@:/", "hooks.test"),
         ),
-        ("HTTPS://Hooks.TEST:8443/A", Target("https", "hooks.test", 8443, "/A")),
-        ("https://hooks.test?q", Target("https", "hooks.test", 443, "/?q")),
-        ("https://a.wild.test/", Target("https", "a.wild.test", 443, "/")),
-        ("https://a.b-c.wild.test/", Target("https", "a.b-c.wild.test", 443, "/")),
-        ("https://XN--bcher-kva.test/", Target("https", "xn--bcher-kva.test", 443, "/")),
-        ("https://a.xn--strae-oqa.test/", Target("https", "a.xn--strae-oqa.test", 443, "/")),
-        ("https://10.0.0.1/", Target("https", "10.0.0.1", 443, "/")),
+        ("HTTPS://Hooks.TEST:8443/A", Target("https", "hooks.test", 8443, "/A", "hooks.test")),
+        ("https://hooks.test?q", Target("https", "hooks.test", 443, "/?q", "hooks.test")),
+        ("https://a.wild.test/", Target("https", "a.wild.test", 443, "/", "*.wild.test")),
+        ("https://a.b-c.wild.test/", Target("https", "a.b-c.wild.test", 443, "/", "*.wild.test")),
+        (
+            "https://XN--bcher-kva.test/",
+            Target("https", "xn--bcher-kva.test", 443, "/", "xn--bcher-kva.test"),
+        ),
+        (
+            "https://a.xn--strae-oqa.test/",
+            Target("https", "a.xn--strae-oqa.test", 443, "/", "*.xn--strae-oqa.test"),
+        ),
+        ("https://10.0.0.1/", Target("https", "10.0.0.1", 443, "/", "10.0.0.1")),
     ],
 )
 def test_a_url_of_an_allowed_host_is_taken_apart(url: str, target: Target) -> None:
@@ -137,7 +143,9 @@ def test_http_is_for_private_networks_alone() -> None:
     with pytest.raises(ValueError, match="RELAY_WEBHOOK_PRIVATE"):
         webhooks().target("http://hooks.test/")
     allowing = webhooks(private=True)
-    assert allowing.target("http://hooks.test/") == Target("http", "hooks.test", 80, "/")
+    assert allowing.target("http://hooks.test/") == Target(
+        "http", "hooks.test", 80, "/", "hooks.test"
+    )
     with pytest.raises(ValueError, match="RELAY_WEBHOOK_HOSTS"):
         allowing.target("http://other.test/")
 

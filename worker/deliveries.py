@@ -20,6 +20,8 @@ logger = get_logger("deliveries")
 MOST = 50
 MOST_TO_THE_SLOW = 20
 """At a time, by one worker: a receiver that is slow must leave room for the others."""
+MOST_TO_A_WILDCARD = 40
+"""At a time, by one worker: whoever asks chooses among its hosts, and none may be known as slow."""
 SLOW_SECONDS = 1.0
 SLOW_FOR_SECONDS = 600.0
 """A receiver is taken for slow if its last try took longer than the first, and until the second."""
@@ -40,7 +42,7 @@ class Deliveries:
         self._webhooks = webhooks
         self._post = Post(private=webhooks.private, most=MOST)
         self._under_way: dict[str, asyncio.Task[None]] = {}
-        self._hosts: list[str] = []
+        self._targets: list[Target] = []
         """Of those that are under way."""
         self._slow: dict[str, float] = {}
         """Hosts, and until when they are taken for slow."""
@@ -134,17 +136,23 @@ class Deliveries:
 
     async def _send(self, delivery: Delivery, target: Target) -> Answer:
         begun = asyncio.get_running_loop().time()
-        slow = self._slow.get(target.host, 0) > begun
-        if slow and self._hosts.count(target.host) >= MOST_TO_THE_SLOW:
+        if self._too_many(target, begun):
             raise NoAnswer("TooManyUnderWay")
         body = payload(delivery.stream_id, delivery.kind, delivery.ended_ms, delivery.data)
         headers = self._webhooks.headers(delivery.stream_id, body, int(time.time()))
-        self._hosts.append(target.host)
+        self._targets.append(target)
         try:
             return await self._post.send(target, headers, body)
         finally:
-            self._hosts.remove(target.host)
+            self._targets.remove(target)
             self._note_pace(target.host, begun)
+
+    def _too_many(self, target: Target, now: float) -> bool:
+        to_host = sum(each.host == target.host for each in self._targets)
+        if self._slow.get(target.host, 0) > now and to_host >= MOST_TO_THE_SLOW:
+            return True
+        to_wildcard = sum(each.allowed_by == target.allowed_by for each in self._targets)
+        return target.allowed_by != target.host and to_wildcard >= MOST_TO_A_WILDCARD
 
     def _note_pace(self, host: str, begun: float) -> None:
         now = asyncio.get_running_loop().time()
