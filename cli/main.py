@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -18,6 +19,9 @@ from relay.client import FAILURES, Client
 from relay.errors import ConfigurationError, RelayError
 from relay.events import STARTED, TERMINAL
 from relay.settings import load_settings
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and line feed."""
 
 
 class Commands(TyperGroup):
@@ -134,12 +138,17 @@ def _print(client: Client, stream_id: str) -> None:
         if update.kind == STARTED and printed:
             _forget(stream_id)
         printed = printed or bool(update.text)
-        typer.echo(update.text, nl=False)
+        typer.echo(_harmless(update.text), nl=False, color=True)  # As it is.
         if update.kind in TERMINAL:
             typer.echo()
         if update.kind in FAILURES:
             everything.report(str(update.data.get("message", update.kind)))
             raise typer.Exit(1)
+
+
+def _harmless(text: str) -> str:
+    """What a model writes must not command the terminal; a file or a pipe is given all of it."""
+    return _CONTROLS.sub("", text) if sys.stdout.isatty() else text
 
 
 def _forget(stream_id: str) -> None:

@@ -213,6 +213,18 @@ def test_two_attempts_are_never_taken_for_one_answer(
     assert "`relay watch ID` has it whole" in err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_commands_no_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\tb\r\n\x1b]0;title\x07\x1b[2J\x9bcé😀"
+    monkeypatch.setattr(Client, "watch", lambda *_: iter([Update("chunk", text, {})]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    main.watch("ID", "http://127.0.0.1")
+    shown = capsys.readouterr().out
+    assert shown == ("a\tb\n]0;title[2Jcé😀" if terminal else text)
+
+
 async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
     process = await relay("--version", folder=tmp_path)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
