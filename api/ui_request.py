@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.chat_request import Asked, JsonObject, ListOf
 from relay.errors import BadRequest
 
-Id = Annotated[str, Field(min_length=1, max_length=255)]
+Id = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\n]*$")]
 
 _ROUTING = frozenset({"id", "messages", "trigger", "message_id"})
 _PASSED_OVER = frozenset({"reasoning", "reasoning-file", "source-url", "source-document", "custom"})

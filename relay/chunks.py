@@ -8,9 +8,9 @@ later entries leave unsaid, the envelope (id, model, created, …) and the lates
 import hashlib
 import json
 import re
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from relay.errors import Garbled, UpstreamError, identifier
 from relay.events import (
@@ -75,10 +75,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+_AT_FIRST = Field(fail_fast=True)
+"""One error tells enough, and an event may have a million that are wrong."""
+
+
 class _WellFormed(_Strict):
     """What the wires count on, where it is there."""
 
-    choices: "list[_Choice] | None" = None
+    model: str | None = None
+    choices: "Annotated[list[_Choice], _AT_FIRST] | None" = None
     usage: "_Usage | None" = None
 
 
@@ -95,7 +100,7 @@ class _Choice(_Strict):
 
 
 class _Delta(_Strict):
-    tool_calls: "list[_Call] | None" = None
+    tool_calls: "Annotated[list[_Call], _AT_FIRST] | None" = None
 
 
 class _Call(_Strict):

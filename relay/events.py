@@ -1,6 +1,7 @@
 """Events: the entries of a log, and the cursors that name them. Pure."""
 
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ _ASCII = json.JSONEncoder(separators=(",", ":"))
 
 def from_json(text: str) -> Any:
     """Raises ValueError also for NaN and its like, which Python takes for JSON and no client could
-    read, and RecursionError for what is too deep."""
+    read, for numbers that Python would make into such, and RecursionError for what is too deep."""
     return _STRICT.decode(text)
 
 
@@ -100,7 +101,14 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse)
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        _refuse(number)
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 
 
 def text_of(event: Event) -> str:

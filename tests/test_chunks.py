@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -286,11 +287,28 @@ def test_nearly_all_of_an_answer_is_told_by_its_bytes(monkeypatch: pytest.Monkey
         b'{"usage": {"completion_tokens_details": [1]}}',
         b'{"logprob": NaN}',
         b'{"logprob": -Infinity}',
+        b'{"usage": {"total_tokens": 1e999}}',
+        b'{"model": 5}',
     ],
 )
 def test_what_no_wire_could_tell_is_no_chunk(data: bytes) -> None:
     with pytest.raises(Garbled):
         Compactor(1, "m").entries(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"choices": [%b]}', b'{"choices": [{"index": 0, "delta": {"tool_calls": [%b]}}]}'],
+)
+def test_what_is_wrong_a_million_times_is_refused_at_the_first(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(Garbled):
+            Compactor(1, "m").entries(data % b",".join([b"1"] * 100_000))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10_000_000
 
 
 @pytest.mark.parametrize("error", [{"error": "x"}, {"object": "error", "choices": []}])

@@ -17,7 +17,7 @@ from relay import connection, errors, listener, outbox
 from relay.connection import connect
 from relay.settings import MIB, Settings, variables
 from tests.conftest import ROOT, until
-from worker import appender, claiming, deliveries, post
+from worker import appender, claiming, deliveries, generation, post, sse
 
 
 def read(name: str) -> str:
@@ -51,6 +51,8 @@ PROMISED = [
     ("README.md", "up to 10 min", deliveries.MOST_RETRY_SECONDS, 600),
     ("README.md", "`relay_worker_silent_seconds` above 3 |", hub.SILENT_SECONDS, 3),
     ("README.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
+    ("README.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
+    ("README.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),
     ("ARCHITECTURE.md", "and once in five seconds anyway", hub.PATROL_SECONDS, 5),
     ("ARCHITECTURE.md", "Time limits to Redis are short** (2 s)", connection.ANSWER_SECONDS, 2),
     ("ARCHITECTURE.md", "hears nothing for 2 s", 2 * listener.SILENCE_SECONDS, 2),
@@ -58,6 +60,7 @@ PROMISED = [
     ("ARCHITECTURE.md", "took longer than a second", deliveries.SLOW_SECONDS, 1),
     ("ARCHITECTURE.md", "has at most 20 of", deliveries.MOST_TO_THE_SLOW, 20),
     ("ARCHITECTURE.md", "of a worker's 50 deliveries", deliveries.MOST, 50),
+    ("ARCHITECTURE.md", "all of whose hosts have 40", deliveries.MOST_TO_A_WILDCARD, 40),
     ("ARCHITECTURE.md", "claims four jobs at a time", claiming.CLAIMED_AT_ONCE, 4),
     ("ARCHITECTURE.md", "at least a millisecond apart", appender.APART_SECONDS, 0.001),
 ]

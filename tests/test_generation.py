@@ -329,6 +329,17 @@ async def test_a_chunk_of_a_strange_shape_is_the_upstreams_failure(
     assert (events[-1].kind, events[-1].value()["code"]) == ("failed", "upstream_garbled")
 
 
+async def test_an_answer_that_never_ends_is_ended_before_it_takes_the_memory_of_all(
+    log: NotedLog, claims: Claims, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.generation.MOST_BYTES", 2_000)
+    claim = await claimed(log, claims, text=["x" * 100] * 100)
+    await run(generation(claim, log, upstream))
+    events = await log.read(claim.stream_id)
+    assert (events[-1].kind, events[-1].value()["code"]) == ("failed", "upstream_garbled")
+    assert sum(len(event.data) for event in events[:-1]) <= 2_000
+
+
 async def test_many_chunks_cost_few_appends(
     log: NotedLog, claims: Claims, upstream: Upstream
 ) -> None:

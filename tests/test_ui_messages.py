@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from api.ui_request import UIChatRequest
 from api.wires import chat_completions, ui_messages
@@ -182,7 +183,9 @@ def test_a_tool_may_be_run_only_when_the_answer_stands() -> None:
     assert written(numbered([*entries, CANCEL]))[3:] == [{"type": "abort", "reason": "cancelled"}]
 
 
-@pytest.mark.parametrize("arguments", ['{"a":', '{"a": NaN}', "[" * 20_000 + "]" * 20_000])
+@pytest.mark.parametrize(
+    "arguments", ['{"a":', '{"a": NaN}', '{"a": 1e999}', "[" * 20_000 + "]" * 20_000]
+)
 def test_arguments_that_are_no_plain_json_are_an_error_of_the_call_and_not_of_the_stream(
     arguments: str,
 ) -> None:
@@ -417,3 +420,11 @@ def test_an_answer_goes_on_with_the_last_message_if_that_is_the_assistants(
     message = {"id": "m", "role": role, "parts": [text("a")]}
     body = {"id": "chat", "messages": [message], "trigger": trigger}
     assert UIChatRequest.model_validate(body).continued == continued
+
+
+@pytest.mark.parametrize("chat", ["", "a\nb", "x" * 256])
+def test_a_chat_has_an_id_under_which_it_can_be_found_again(chat: str) -> None:
+    message = {"id": "m", "role": "user", "parts": [{"type": "text", "text": "hi"}]}
+    with pytest.raises(ValidationError):
+        UIChatRequest.model_validate({"id": chat, "messages": [message]})
+    assert UIChatRequest.model_validate({"id": "a b/ü", "messages": [message]}).id == "a b/ü"

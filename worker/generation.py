@@ -7,7 +7,7 @@ from typing import Any
 
 from relay.chunks import Compactor
 from relay.claim import Claim
-from relay.errors import Incomplete, StreamLost, UpstreamError
+from relay.errors import Garbled, Incomplete, StreamLost, UpstreamError
 from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
 from relay.log import Appended, Batch
 from relay.logs import get_logger
@@ -16,6 +16,9 @@ from worker.failures import Refused
 from worker.upstream import Upstream
 
 logger = get_logger("generation")
+
+MOST_BYTES = 64 * 1024 * 1024
+"""Of one answer, as it is kept: a model that never ends must not take the memory of all."""
 
 
 class Generation:
@@ -40,6 +43,8 @@ class Generation:
         self._compactor = Compactor(claim.ordinal, upstream.model)
         self._entries: list[str | bytes] = []
         """As a Batch has them."""
+        self._bytes = 0
+        """Of their data."""
         self._standing = 0
         """How many of them stand in the log."""
         self._over = asyncio.Event()
@@ -92,7 +97,11 @@ class Generation:
         if self._first_seconds is None:
             self._first_seconds = self._seconds()
         for chunk in chunks:
-            self._line_up(*self._compactor.entries(chunk))
+            entries = self._compactor.entries(chunk)
+            self._bytes += sum(len(each.data) for each in entries)
+            if self._bytes > MOST_BYTES:
+                raise Garbled(f"an answer of more than {MOST_BYTES} bytes")
+            self._line_up(*entries)
 
     def _read_ended(self, reader: asyncio.Task[None]) -> None:
         """However reading ended, exactly one terminal event follows, unless the stream is lost."""
