@@ -43,7 +43,7 @@ class UIMessageViewer(Viewer):
             parts.hub,
             feed,
             None,
-            **parts.pace,
+            parts.pace,
             headers={**codec.HEADERS, "x-stream-id": feed.stream_id},
             on_leave=on_leave,
         )

@@ -99,7 +99,7 @@ async def create(
         parts.hub,
         feed,
         None,
-        **parts.pace,
+        parts.pace,
         headers={"x-stream-id": feed.stream_id},
         on_leave=asking.on_leave(feed),
     )

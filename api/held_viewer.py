@@ -31,7 +31,7 @@ class HeldViewer(Viewer):
     ) -> None:
         while not (self._speaks() or self._feed.ended or over.done()):
             self._part_when_draining(over)
-            await self._feed.changed(self._heartbeat_seconds, unless=over)
+            await self._feed.changed(self._pace.heartbeat_seconds, unless=over)
         if not self._speaks() and (failure := self._failure(over)):
             for name in ("x-stream-id", "location"):
                 if name in self.headers:

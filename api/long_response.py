@@ -4,6 +4,7 @@ import asyncio
 import random
 from enum import Enum, auto
 from functools import cache, partial
+from typing import NamedTuple, Self
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from api.hub import Hub
 from api.line import Line
 from api.settle import settle
 from api.wires import native
+from relay.settings import Settings
 
 HEADERS = {
     "cache-control": "no-cache, no-transform",
@@ -22,6 +24,21 @@ HEADERS = {
 COME_BACK_MS = (500, 2000)
 """Between these a viewer waits that has lost its connection, was sent away or came in vain: those
 whom one process loses at once must not storm the next one together."""
+
+
+class Pace(NamedTuple):
+    """The times of a long response."""
+
+    heartbeat_seconds: float
+    """After so long without news a viewer is told that its connection still stands."""
+    write_seconds: float
+    """A client that takes nothing for so long is taken to have left."""
+    drain_seconds: float
+    """Within this each viewer is sent away, at a moment of its own."""
+
+    @classmethod
+    def configured(cls, settings: Settings) -> Self:
+        return cls(settings.heartbeat_seconds, settings.write_seconds, settings.drain_seconds)
 
 
 class BrokenOff(Exception):
@@ -57,14 +74,7 @@ class LongResponse(Response):
     """It ends by itself; broken off when this process drains, at a moment of its own; and, socket
     and all, when the client takes nothing for `write_seconds`."""
 
-    def __init__(
-        self,
-        hub: Hub,
-        *,
-        write_seconds: float,
-        drain_seconds: float = 0.0,
-        headers: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, hub: Hub, pace: Pace, *, headers: dict[str, str] | None = None) -> None:
         # Not by the base class: it would give the stream a length, and each viewer 700 bytes of
         # headers of its own.
         self.status_code = 200
@@ -75,8 +85,7 @@ class LongResponse(Response):
             *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
         ]
         self._hub = hub
-        self._write_seconds = write_seconds
-        self._drain_seconds = drain_seconds
+        self._pace = pace
         self._parting: asyncio.TimerHandle | None = None
         self._line: Line | None = None
 
@@ -120,7 +129,7 @@ class LongResponse(Response):
 
     def _part_when_draining(self, over: asyncio.Future[Exit]) -> None:
         if self._hub.draining and self._parting is None:
-            self._parting = send_away(over, self._drain_seconds)
+            self._parting = send_away(over, self._pace.drain_seconds)
 
     async def _end_early(self, send: Send, why: Exit) -> None:
         """Nothing is left to say to one that left; one that is sent away is to come back."""
@@ -148,7 +157,7 @@ class LongResponse(Response):
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:
-        async with asyncio.timeout(self._write_seconds):
+        async with asyncio.timeout(self._pace.write_seconds):
             await send(message)
 
 

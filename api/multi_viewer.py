@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.feed import BYTES_AT_ONCE, Feed, any_changed
 from api.hub import Hub
-from api.long_response import Exit, LongResponse, come_back
+from api.long_response import Exit, LongResponse, Pace, come_back
 from api.wires import multiplexed, native
 from relay.errors import StreamGone
 from relay.events import Cursor
@@ -88,19 +88,10 @@ class MultiViewer(LongResponse):
 
     media_type = native.MEDIA_TYPE
 
-    def __init__(
-        self,
-        hub: Hub,
-        lanes: list[Lane],
-        *,
-        heartbeat_seconds: float,
-        write_seconds: float,
-        drain_seconds: float,
-    ) -> None:
-        super().__init__(hub, write_seconds=write_seconds, drain_seconds=drain_seconds)
+    def __init__(self, hub: Hub, lanes: list[Lane], pace: Pace) -> None:
+        super().__init__(hub, pace)
         self._lanes = lanes
         self._turns = deque(lanes)
-        self._heartbeat_seconds = heartbeat_seconds
 
     async def _respond(
         self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
@@ -136,5 +127,5 @@ class MultiViewer(LongResponse):
 
     async def _wait(self, send: Send, over: asyncio.Future[Exit]) -> None:
         feeds = [lane.feed for lane in self._lanes if not lane.over]
-        if not await any_changed(feeds, self._heartbeat_seconds, unless=over):
+        if not await any_changed(feeds, self._pace.heartbeat_seconds, unless=over):
             await self._write(send, native.HEARTBEAT)

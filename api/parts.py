@@ -1,11 +1,12 @@
 """What the routes of every API work with."""
 
 from collections.abc import AsyncIterator
-from typing import Annotated, TypedDict
+from typing import Annotated
 
 from fastapi import Depends, Request
 
 from api.hub import Hub, Watching
+from api.long_response import Pace
 from api.presence import Presence
 from relay.log import Log
 from relay.logs import get_logger
@@ -16,14 +17,6 @@ logger = get_logger("api")
 
 ANY_MODEL = "chat-relay"
 """The public name of the one model where this process does not know the upstream's."""
-
-
-class Pace(TypedDict):
-    """The times of a long response, as its class takes them."""
-
-    heartbeat_seconds: float
-    write_seconds: float
-    drain_seconds: float
 
 
 class Parts:
@@ -44,11 +37,7 @@ class Parts:
         self.hub = hub
         self.presence = presence
         self.model = model
-        self.pace: Pace = {
-            "heartbeat_seconds": settings.heartbeat_seconds,
-            "write_seconds": settings.write_seconds,
-            "drain_seconds": settings.drain_seconds,
-        }
+        self.pace = Pace.configured(settings)
 
     @property
     def log(self) -> Log:

@@ -55,7 +55,7 @@ class ResponseViewer(Viewer):
             parts.hub,
             feed,
             None,
-            **parts.pace,
+            parts.pace,
             headers={"x-stream-id": feed.stream_id},
             on_leave=on_leave,
         )

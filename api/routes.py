@@ -111,7 +111,7 @@ async def chat(
         asking.parts.hub,
         feed,
         None,
-        **asking.parts.pace,
+        asking.parts.pace,
         headers=_names(feed.stream_id),
         on_leave=asking.on_leave(feed),
     )
@@ -180,11 +180,7 @@ async def several(
         return Response(status_code=204)
     if not any(places) and all(lane.feed.gone is not None for lane in lanes):
         raise StreamGone(GONE)
-    return MultiViewer(
-        parts.hub,
-        lanes,
-        **parts.pace,
-    )
+    return MultiViewer(parts.hub, lanes, parts.pace)
 
 
 async def _lane(watching: Watching, stream_id: str, place: multiplexed.Place) -> Lane:
@@ -243,7 +239,7 @@ async def events(
         parts.hub,
         feed,
         cursor,
-        **parts.pace,
+        parts.pace,
         headers={"x-stream-id": stream_id},
     )
 

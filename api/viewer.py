@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
 from api.line import Line
-from api.long_response import Exit, LongResponse, come_back
+from api.long_response import Exit, LongResponse, Pace, come_back
 from api.wires import native
 from relay.errors import StreamGone
 from relay.events import STARTED, TEXT, WHOLE, Cursor
@@ -55,20 +55,15 @@ class Viewer(LongResponse):
         hub: Hub,
         feed: Feed,
         cursor: Cursor | None,
+        pace: Pace,
         *,
-        heartbeat_seconds: float,
-        write_seconds: float,
-        drain_seconds: float = 0.0,
         headers: dict[str, str] | None = None,
         on_leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.media_type = self.words.media_type
-        super().__init__(
-            hub, write_seconds=write_seconds, drain_seconds=drain_seconds, headers=headers
-        )
+        super().__init__(hub, pace, headers=headers)
         self._feed = feed
         self._cursor = cursor
-        self._heartbeat_seconds = heartbeat_seconds
         self._on_leave = on_leave
         self._noticed = len(feed.notices)
 
@@ -110,14 +105,14 @@ class Viewer(LongResponse):
                 words = b""
             elif self._line is not None and index is not None and self._rides():
                 index = await self._ride(send, self._line, over)
-            elif not await feed.changed(self._heartbeat_seconds, unless=over):
+            elif not await feed.changed(self._pace.heartbeat_seconds, unless=over):
                 await self._write(send, self.words.heartbeat)
 
     async def _ride(self, send: Send, line: Line, over: asyncio.Future[Exit]) -> int:
         """Let the feed write what comes for as long as that is all there is to do."""
         heartbeat = self.words.heartbeat
         index = await self._feed.ride(
-            self.wire, line, heartbeat, self._heartbeat_seconds, self.rides_on, unless=over
+            self.wire, line, heartbeat, self._pace.heartbeat_seconds, self.rides_on, unless=over
         )
         if line.full:
             await self._until_taken(send)

@@ -43,8 +43,8 @@ async def _until(
     try:
         while not (reached() or over.done()):
             if parts.hub.draining and parting is None:
-                parting = send_away(over, parts.settings.drain_seconds)
-            await feed.changed(parts.settings.heartbeat_seconds, unless=over)
+                parting = send_away(over, parts.pace.drain_seconds)
+            await feed.changed(parts.pace.heartbeat_seconds, unless=over)
     finally:
         watching.cancel()
         if parting is not None:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Scope
 from api.feed import Feed
 from api.hub import Hub, Watching
 from api.line import EXTENSION, Line
+from api.long_response import Pace
 from api.viewer import NativeViewer
 from relay.events import Cursor
 
@@ -154,7 +155,7 @@ async def watching(hub: Hub, stream_id: str, after: str = "") -> AsyncIterator[T
     """A viewer of the native wire."""
     cursor = Cursor.parse(after) if after else None
     async with entered(hub, stream_id) as feed:
-        viewer = NativeViewer(hub, feed, cursor, heartbeat_seconds=15, write_seconds=30)
+        viewer = NativeViewer(hub, feed, cursor, Pace(15, 30, 0))
         async with viewing(viewer) as taker:
             yield taker
 

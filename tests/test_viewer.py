@@ -12,6 +12,7 @@ from api.chat_completions import ChatCompletionViewer
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
 from api.held_viewer import HeldViewer, TextViewer
 from api.hub import Hub
+from api.long_response import Pace
 from api.multi_viewer import Lane, MultiViewer
 from api.viewer import NativeViewer
 from relay.errors import StreamGone
@@ -82,20 +83,12 @@ def viewer(
     write_seconds: float = 60,
     drain_seconds: float = 0,
 ) -> NativeViewer:
-    return NativeViewer(
-        hub,
-        log.feed,
-        None,
-        heartbeat_seconds=heartbeat_seconds,
-        write_seconds=write_seconds,
-        drain_seconds=drain_seconds,
-    )
+    pace = Pace(heartbeat_seconds, write_seconds, drain_seconds)
+    return NativeViewer(hub, log.feed, None, pace)
 
 
 def text_viewer(hub: Hub, log: Log, *, drain_seconds: float = 0) -> TextViewer:
-    return TextViewer(
-        hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, drain_seconds=drain_seconds
-    )
+    return TextViewer(hub, log.feed, None, Pace(60, 60, drain_seconds))
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -240,9 +233,7 @@ async def test_one_that_left_is_asked_about_unless_the_stream_had_ended(hub: Hub
     for ended in (False, True):
         log = Log()
         log.add(STARTS)
-        leaving = NativeViewer(
-            hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, on_leave=on_leave
-        )
+        leaving = NativeViewer(hub, log.feed, None, Pace(60, 60, 0), on_leave=on_leave)
         async with viewing(leaving) as taker:
             await taker.has(b"started")
             taker.reading.clear()
@@ -260,9 +251,7 @@ async def test_one_whose_text_is_no_longer_true_is_broken_off_and_has_not_left(h
 
     log = Log()
     log.add(STARTS, *text("half"))
-    watching = TextViewer(
-        hub, log.feed, None, heartbeat_seconds=60, write_seconds=60, on_leave=on_leave
-    )
+    watching = TextViewer(hub, log.feed, None, Pace(60, 60, 0), on_leave=on_leave)
     async with viewing(watching) as taker:
         await taker.has(b"half")
         log.begin_anew()
@@ -278,9 +267,7 @@ async def test_one_that_takes_nothing_has_left_too(hub: Hub) -> None:
         left.set()
 
     log = Log()
-    stuck = NativeViewer(
-        hub, log.feed, None, heartbeat_seconds=60, write_seconds=0.05, on_leave=on_leave
-    )
+    stuck = NativeViewer(hub, log.feed, None, Pace(60, 0.05, 0), on_leave=on_leave)
     async with viewing(stuck) as taker:
         await taker.has(b"queued")
         taker.reading.clear()
@@ -410,9 +397,7 @@ async def test_one_that_leaves_a_draining_process_has_left_and_one_sent_away_has
         hub,
         log.feed,
         None,
-        heartbeat_seconds=60,
-        write_seconds=60,
-        drain_seconds=3600 if leaves else 0,
+        Pace(60, 60, 3600 if leaves else 0),
         on_leave=on_leave,
     )
     async with viewing(watching) as taker:
@@ -452,7 +437,7 @@ async def test_a_notice_is_a_comment_once_for_each_that_is_there_and_no_event(hu
 
 async def test_a_notice_comes_though_the_cursor_is_not_yet_reached(hub: Hub) -> None:
     log = Log()
-    ahead = NativeViewer(hub, log.feed, Cursor(1, 5), heartbeat_seconds=60, write_seconds=60)
+    ahead = NativeViewer(hub, log.feed, Cursor(1, 5), Pace(60, 60, 0))
     async with viewing(ahead) as taker:
         await taker.has(b"retry")
         log.feed.notice(b"Redis is away")
@@ -492,9 +477,7 @@ def several_viewer(
     hub: Hub, logs: list[Log], cursor: Cursor | None = None, *, heartbeat_seconds: float = 60
 ) -> MultiViewer:
     lanes = [Lane(log.feed, cursor) for log in logs]
-    return MultiViewer(
-        hub, lanes, heartbeat_seconds=heartbeat_seconds, write_seconds=60, drain_seconds=0
-    )
+    return MultiViewer(hub, lanes, Pace(heartbeat_seconds, 60, 0))
 
 
 async def test_a_slow_viewer_of_several_holds_one_bounded_write_and_may_go_after_it(
@@ -603,7 +586,7 @@ async def test_a_text_viewer_that_has_text_of_an_attempt_gets_none_of_another(hu
     log.add(STARTS, *text("old half"))
     log.begin_anew()
     log.add(*text("new whole"), ENDS)
-    resumed = TextViewer(hub, log.feed, Cursor(1, 1), heartbeat_seconds=60, write_seconds=60)
+    resumed = TextViewer(hub, log.feed, Cursor(1, 1), Pace(60, 60, 0))
     async with viewing(resumed) as taker, asyncio.timeout(1):
         await asyncio.wait(_others())
     assert (taker.body, taker.ended) == (b"", False)
@@ -664,7 +647,7 @@ async def test_what_has_no_words_for_coming_back_breaks_off_without_any_when_the
     log = Log()
     chunk = {"choices": [{"index": 0, "delta": {"content": "partial"}}]}
     log.add(entry(STARTED, {"envelope": {}}), entry(WHOLE, {"chunk": chunk}))
-    watching = kind(hub, log.feed, None, heartbeat_seconds=60, write_seconds=60)
+    watching = kind(hub, log.feed, None, Pace(60, 60, 0))
     async with viewing(watching) as taker:
         await taker.has(b"partial")
         said = taker.body
