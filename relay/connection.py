@@ -22,17 +22,17 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from relay.pipe import Pipe
 
 # So short that a worker whose connection hangs can renew its lease by another in time.
-ANSWER_SECONDS = 2.0
+REPLY_SECONDS = 2.0
 CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
 _REASON_LENGTH = 200
 
 
-def connect(url: str, *, connections: int = 50, answer_seconds: float = ANSWER_SECONDS) -> Redis:
+def connect(url: str, *, connections: int = 50, reply_seconds: float = REPLY_SECONDS) -> Redis:
     """A client whose every call ends: few connections, each with time limits."""
-    redis = Piped(connection_pool=_pool(url, connections, answer_seconds))
+    redis = Piped(connection_pool=_pool(url, connections, reply_seconds))
     redis.auto_close_connection_pool = True
-    redis.answer_seconds = answer_seconds
+    redis.reply_seconds = reply_seconds
     return redis
 
 
@@ -46,12 +46,12 @@ def check(url: str) -> None:
     """Raises ValueError for what is no URL of a Redis, and for options that redis-py cannot take:
     it would say so with the first connection, in a process that runs."""
     try:
-        _pool(url, 1, ANSWER_SECONDS).make_connection()  # type: ignore[no-untyped-call]
+        _pool(url, 1, REPLY_SECONDS).make_connection()  # type: ignore[no-untyped-call]
     except (TypeError, AttributeError, RedisError) as error:
         raise ValueError(str(error)) from error
 
 
-def _pool(url: str, connections: int, answer_seconds: float) -> "_Pool":
+def _pool(url: str, connections: int, reply_seconds: float) -> "_Pool":
     options: dict[str, Any] = dict(parse_url(url))
     options["connection_class"] = _LEAN[options.get("connection_class", Connection)]
     if options["connection_class"] is _Tls and options.get("ssl_cert_reqs") != "none":
@@ -61,7 +61,7 @@ def _pool(url: str, connections: int, answer_seconds: float) -> "_Pool":
     ours = {
         "max_connections": connections,
         "timeout": WAIT_SECONDS,
-        "socket_timeout": answer_seconds,
+        "socket_timeout": reply_seconds,
         "socket_connect_timeout": CONNECT_SECONDS,
         "protocol": 2,
         "decode_responses": False,
@@ -97,7 +97,7 @@ class Piped(Redis):
 
     _pipe: Pipe | None = None
     _opening: asyncio.Task[Pipe] | None = None
-    answer_seconds = ANSWER_SECONDS
+    reply_seconds = REPLY_SECONDS
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Raises RedisError; TimeoutError among those if the answer takes too long."""
@@ -132,7 +132,7 @@ class Piped(Redis):
         return await asyncio.shield(self._opening)
 
     async def _new_pipe(self) -> Pipe:
-        return Pipe(await open_connection(self), answer_seconds=self.answer_seconds)
+        return Pipe(await open_connection(self), reply_seconds=self.reply_seconds)
 
     def _keep(self, opening: asyncio.Task[Pipe]) -> None:
         self._opening = None

@@ -78,14 +78,14 @@ class Pipe(Replies):
     """Commands of many callers on one connection: each is sent at once, and Redis answers in their
     order. A caller that is cancelled costs nothing but its answer.
 
-    When the one that waits longest has waited for `answer_seconds` the connection is given up: what
+    When the one that waits longest has waited for `reply_seconds` the connection is given up: what
     was sent later would be answered later still.
     """
 
-    def __init__(self, connection: Opened, *, answer_seconds: float) -> None:
+    def __init__(self, connection: Opened, *, reply_seconds: float) -> None:
         self._calls: deque[tuple[asyncio.Future[Any], float]] = deque()
         """Those that wait, and until when."""
-        self._answer_seconds = answer_seconds
+        self._reply_seconds = reply_seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         super().__init__(connection)
@@ -97,9 +97,9 @@ class Pipe(Replies):
             answer.set_exception(_broken())
             return answer
         self.send(*command)
-        self._calls.append((answer, self._loop.time() + self._answer_seconds))
+        self._calls.append((answer, self._loop.time() + self._reply_seconds))
         if self._timer is None:
-            self._timer = self._loop.call_later(self._answer_seconds, self._look)
+            self._timer = self._loop.call_later(self._reply_seconds, self._look)
         return answer
 
     def take(self, reply: Any) -> None:

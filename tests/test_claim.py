@@ -288,7 +288,7 @@ async def test_a_claim_whose_answer_did_not_come_in_time_costs_its_jobs_no_try(
     redis: Redis, log: Log, redis_server: RedisServer
 ) -> None:
     first, second, third = await create_at(redis, log, 10, 20, 30)
-    hasty = connect(redis_server.url, answer_seconds=0.1)
+    hasty = connect(redis_server.url, reply_seconds=0.1)
     claims, others = make_claims(hasty), make_claims(redis, "other")
     [kept] = await claims.claim(1)
     [elsewhere] = await others.claim(1)
@@ -632,7 +632,7 @@ async def until_blocked(redis: Redis) -> None:
 @asynccontextmanager
 async def waiting(claims: Claims, redis: Redis, url: str) -> AsyncIterator[None]:
     """Leaves when the worker that waits for a job inside has woken."""
-    async with connect(url, answer_seconds=30) as patient, asyncio.timeout(5):
+    async with connect(url, reply_seconds=30) as patient, asyncio.timeout(5):
         wake = asyncio.create_task(claims.wait_for_job(patient, 20))
         await until_blocked(redis)
         yield
@@ -663,7 +663,7 @@ async def test_a_worker_wakes_when_a_job_comes_back(
 
 async def wakes(claims: Claims, url: str) -> None:
     """Returns when a worker that waits for a job from now on has woken."""
-    async with connect(url, answer_seconds=30) as patient, asyncio.timeout(5):
+    async with connect(url, reply_seconds=30) as patient, asyncio.timeout(5):
         await claims.wait_for_job(patient, 20)
 
 

@@ -16,7 +16,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
 from relay.connection import (
-    ANSWER_SECONDS,
+    REPLY_SECONDS,
     WAIT_SECONDS,
     Piped,
     connect,
@@ -51,7 +51,7 @@ async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
 
     async with (
         listening(say_nothing) as port,
-        connect(f"redis://127.0.0.1:{port}", answer_seconds=0.05) as redis,
+        connect(f"redis://127.0.0.1:{port}", reply_seconds=0.05) as redis,
         asyncio.timeout(2),
     ):
         with pytest.raises(RedisTimeoutError):
@@ -97,7 +97,7 @@ async def test_what_callers_count_on_holds_whatever_the_url_says(
             assert await pipe.execute() == [[(b"a", 1.0)]]
         pool: Any = redis.connection_pool
         assert (pool.max_connections, pool.timeout) == (2, WAIT_SECONDS)
-        assert [each.socket_timeout for each in idle(redis)] == [ANSWER_SECONDS]
+        assert [each.socket_timeout for each in idle(redis)] == [REPLY_SECONDS]
         await redis.delete("z")
 
 
@@ -170,7 +170,7 @@ async def test_who_waits_for_a_token_no_longer_leaves_it_to_others(
     redis: Redis, redis_server: RedisServer
 ) -> None:
     claims = make_claims(redis)
-    async with connect(redis_server.url, answer_seconds=60) as hasty:
+    async with connect(redis_server.url, reply_seconds=60) as hasty:
         waiting = asyncio.create_task(claims.wait_for_job(hasty, 60))
         await until(lambda: is_blocked(redis))
         waiting.cancel()
@@ -249,7 +249,7 @@ async def test_callers_that_come_together_open_one_connection(
 async def test_an_answer_that_takes_too_long_ends_the_connection(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    async with connect(redis_server.url, answer_seconds=0.05) as ours:
+    async with connect(redis_server.url, reply_seconds=0.05) as ours:
         number = await ours.client_id()
         assert isinstance(ours, Piped)
         pipe = ours._pipe
@@ -265,7 +265,7 @@ async def test_an_answer_that_takes_too_long_ends_the_connection(
 async def test_each_call_is_given_its_time_from_when_it_was_made(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    async with connect(redis_server.url, answer_seconds=0.5) as ours, asyncio.timeout(5):
+    async with connect(redis_server.url, reply_seconds=0.5) as ours, asyncio.timeout(5):
         await ours.ping()
         for _ in range(3):
             await redis.client_pause(300)
@@ -275,7 +275,7 @@ async def test_each_call_is_given_its_time_from_when_it_was_made(
 async def test_a_call_that_came_while_another_had_its_time_is_not_waited_for_either(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    async with connect(redis_server.url, answer_seconds=0.4) as ours, asyncio.timeout(3):
+    async with connect(redis_server.url, reply_seconds=0.4) as ours, asyncio.timeout(3):
         await ours.ping()
         await redis.client_pause(200, all=False)  # What writes has to wait.
         await ours.incr("n")

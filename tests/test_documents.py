@@ -54,7 +54,7 @@ PROMISED = [
     ("README.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
     ("README.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),
     ("ARCHITECTURE.md", "and once in five seconds anyway", hub.PATROL_SECONDS, 5),
-    ("ARCHITECTURE.md", "Time limits to Redis are short** (2 s)", connection.ANSWER_SECONDS, 2),
+    ("ARCHITECTURE.md", "Time limits to Redis are short** (2 s)", connection.REPLY_SECONDS, 2),
     ("ARCHITECTURE.md", "hears nothing for 2 s", 2 * listener.SILENCE_SECONDS, 2),
     ("ARCHITECTURE.md", "when its lease of 30 s ends", outbox.LEASE_SECONDS, 30),
     ("ARCHITECTURE.md", "took longer than a second", deliveries.SLOW_SECONDS, 1),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.connection import ANSWER_SECONDS
+from relay.connection import REPLY_SECONDS
 from relay.errors import Garbled
 from worker import sse
 from worker.sse import Decoder
@@ -111,4 +111,4 @@ def test_an_event_is_refused_that_a_slow_link_to_redis_could_not_carry_in_one_ca
     bytes_a_second = 10_000_000 // 8
     decoder = Decoder()
     with pytest.raises(Garbled):
-        decoder.feed(b"x" * int(ANSWER_SECONDS * bytes_a_second) + end)
+        decoder.feed(b"x" * int(REPLY_SECONDS * bytes_a_second) + end)

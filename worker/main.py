@@ -47,7 +47,7 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
     return ClaimingWorker(
         [func(generate, name=JOB)],
         redis=redis,
-        patient_redis=connect(settings.redis_url, connections=1, answer_seconds=POLL_SECONDS + 5),
+        patient_redis=connect(settings.redis_url, connections=1, reply_seconds=POLL_SECONDS + 5),
         claims=claims,
         lease_seconds=settings.lease_seconds,
         concurrency=settings.concurrency,
