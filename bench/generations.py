@@ -89,7 +89,7 @@ async def _watch(url: str, count: int, worker: Process, store: Process) -> Made:
 
 
 async def _ask(redis: Redis, count: int) -> None:
-    log = Log(redis, live_ms=600_000, retention_ms=600_000, queue_limit=2 * count)
+    log = Log(redis, open_ms=600_000, retention_ms=600_000, queue_limit=2 * count)
     chunks = (BEGIN_SECONDS + SECONDS + 3) * 1000 // DELAY_MS
     request = {"messages": [{"role": "user", "content": question(chunks, DELAY_MS)}]}
     for _ in range(count):

@@ -112,7 +112,7 @@ async def _run(plan: Plan, folder: Path) -> Result:
     async with httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as http:
         stack = Stack(folder)
         async with stack.running(http) as redis:
-            log = Log(redis, live_ms=0, retention_ms=0, queue_limit=0)
+            log = Log(redis, open_ms=0, retention_ms=0, queue_limit=0)
             load = Load(stack.urls, http, log, Random(plan.seed + 1))  # noqa: S311
             loading = asyncio.create_task(load.run())
             injected = await _disturb(plan, stack, redis, loading)

@@ -70,17 +70,17 @@ class Claims:
         worker: str,
         *,
         lease_ms: int,
-        live_ms: int,
+        open_ms: int,
         retention_ms: int,
         queue_limit: int,
         max_attempts: int,
     ) -> None:
         """`max_attempts`: so many may fail, then the stream ends; a hand-over is no failure.
-        `live_ms`: as Log has it."""
+        `open_ms`: as Log has it."""
         self._redis = redis
         self._worker = worker
         self._lease_ms = lease_ms
-        self._live_ms = live_ms
+        self._open_ms = open_ms
         self._retention_ms = retention_ms
         self._queue_limit = queue_limit
         self._max_attempts = max_attempts
@@ -98,7 +98,7 @@ class Claims:
             redis,
             worker,
             lease_ms=settings.lease_ms,
-            live_ms=settings.live_ms,
+            open_ms=settings.open_ms,
             retention_ms=settings.retention_ms,
             queue_limit=settings.queue_limit,
             max_attempts=settings.max_attempts,
@@ -119,7 +119,7 @@ class Claims:
                     want,
                     BYTES_AT_ONCE,
                     self._lease_ms,
-                    self._live_ms,
+                    self._open_ms,
                     *(name("%s") for name in (keys.log, keys.state, keys.job)),
                 ],
             )
@@ -141,7 +141,7 @@ class Claims:
             keys=[keys.LEASES],
             args=[
                 self._lease_ms,
-                self._live_ms,
+                self._open_ms,
                 keys.log("%s"),
                 keys.state("%s"),
                 keys.job("%s"),
@@ -169,7 +169,7 @@ class Claims:
             keys=[keys.QUEUE, keys.LEASES, keys.WEBHOOKS, keys.ENDED],
             args=[
                 *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
-                self._live_ms,
+                self._open_ms,
                 self._retention_ms,
                 to_json(OVERDUE),
             ],

@@ -117,11 +117,11 @@ class Log:
     repeated; `create` only under an Idempotency-Key, or there may be two.
     """
 
-    def __init__(self, redis: Redis, *, live_ms: int, retention_ms: int, queue_limit: int) -> None:
-        """`live_ms`: so long Redis keeps an open stream after its birth or the last renewal of its
-        claim; `retention_ms`: one that has ended. In what `live_ms` is longer it may wait."""
+    def __init__(self, redis: Redis, *, open_ms: int, retention_ms: int, queue_limit: int) -> None:
+        """`open_ms`: so long Redis keeps an open stream after its birth or the last renewal of its
+        claim; `retention_ms`: one that has ended. In what `open_ms` is longer it may wait."""
         self._redis = redis
-        self._live_ms = live_ms
+        self._open_ms = open_ms
         self._retention_ms = retention_ms
         self._queue_limit = queue_limit
         self._create = script(redis, "create")
@@ -133,7 +133,7 @@ class Log:
     def configured(cls, redis: Redis, settings: Settings) -> Self:
         return cls(
             redis,
-            live_ms=settings.live_ms,
+            open_ms=settings.open_ms,
             retention_ms=settings.retention_ms,
             queue_limit=settings.queue_limit,
         )
@@ -176,7 +176,7 @@ class Log:
                 stream_id,
                 to_json(request),
                 job,
-                self._live_ms,
+                self._open_ms,
                 self._queue_limit,
                 idempotency_key,
                 digest,

@@ -178,7 +178,7 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def live_ms(self) -> int:
+    def open_ms(self) -> int:
         """How long Redis keeps an open stream. Longer than that may wait, so that a worker which
         comes late can still end it."""
         return self.live_seconds * 1000 + self.retention_ms

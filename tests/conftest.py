@@ -97,13 +97,13 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
 
 
 def make_log(redis: Redis, **changes: int) -> Log:
-    return Log(redis, **({"live_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes))
+    return Log(redis, **({"open_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes))
 
 
 def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
     limits = {
         "lease_ms": 5_000,
-        "live_ms": 60_000,
+        "open_ms": 60_000,
         "retention_ms": 60_000,
         "queue_limit": 100,
         "max_attempts": 3,

@@ -18,7 +18,7 @@ from tests.conftest import flat, make_claims, make_log, until
 from worker import appender as module
 from worker.appender import Appender
 
-LIMITS = {"live_ms": 60_000, "retention_ms": 60_000, "queue_limit": 1000}
+LIMITS = {"open_ms": 60_000, "retention_ms": 60_000, "queue_limit": 1000}
 
 
 class CountedLog(Log):

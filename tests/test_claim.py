@@ -192,14 +192,14 @@ async def expiring(redis: Redis, log: Log) -> list[str]:
 
 
 async def test_a_claim_keeps_the_stream_from_expiring(redis: Redis, expiring: list[str]) -> None:
-    await make_claims(redis, live_ms=60_000).claim(1)
+    await make_claims(redis, open_ms=60_000).claim(1)
     for key in expiring:
         assert await redis.pttl(key) > 50_000
 
 
 async def test_a_renewal_keeps_the_stream_from_expiring(redis: Redis, expiring: list[str]) -> None:
-    [claim] = await make_claims(redis, live_ms=10_000).claim(1)
-    await make_claims(redis, live_ms=60_000).renew([claim])
+    [claim] = await make_claims(redis, open_ms=10_000).claim(1)
+    await make_claims(redis, open_ms=60_000).renew([claim])
     for key in expiring:
         assert await redis.pttl(key) > 50_000
 
@@ -367,7 +367,7 @@ async def test_what_nobody_waits_for_is_not_claimed(
 
 async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
     """Its job must not expire before its log does: nobody could then end the stream."""
-    log, claims = make_log(redis, live_ms=60_000), make_claims(redis, live_ms=60_000)
+    log, claims = make_log(redis, open_ms=60_000), make_claims(redis, open_ms=60_000)
     [stream_id] = await create(log)
     [claim] = await claims.claim(1)
     for key in (keys.log(stream_id), keys.state(stream_id), keys.job(stream_id)):
@@ -381,8 +381,8 @@ async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
 
 def patient(redis: Redis) -> tuple[Log, Claims]:
     """A stream of theirs may wait for 20 seconds."""
-    log = make_log(redis, live_ms=80_000, retention_ms=60_000)
-    return log, make_claims(redis, live_ms=80_000, retention_ms=60_000)
+    log = make_log(redis, open_ms=80_000, retention_ms=60_000)
+    return log, make_claims(redis, open_ms=80_000, retention_ms=60_000)
 
 
 async def waits_since(redis: Redis, stream_id: str, waited_ms: int) -> None:

@@ -109,14 +109,14 @@ class Streams(RuleBasedStateMachine):
         self.clock.start()
         self.runner = asyncio.Runner()
         self.redis = FakeAsyncRedis()
-        self.log = make_log(self.redis, live_ms=RETENTION_MS + WAIT_MS, retention_ms=RETENTION_MS)
+        self.log = make_log(self.redis, open_ms=RETENTION_MS + WAIT_MS, retention_ms=RETENTION_MS)
         self.outbox = Outbox(self.redis)
         self.claims = {
             worker: make_claims(
                 self.redis,
                 worker,
                 lease_ms=LEASE_MS,
-                live_ms=RETENTION_MS + WAIT_MS,
+                open_ms=RETENTION_MS + WAIT_MS,
                 retention_ms=RETENTION_MS,
                 max_attempts=MAX_ATTEMPTS,
             )

@@ -41,7 +41,7 @@ class NotedLog(Log):
     standing = 0
 
     def __init__(self, redis: Redis, **changes: int) -> None:
-        limits = {"live_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes
+        limits = {"open_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes
         super().__init__(redis, **limits)
         self._grown = asyncio.Condition()
         self.failed = asyncio.Event()

@@ -214,19 +214,19 @@ async def key_seconds(redis: Redis) -> int:
 
 
 async def test_a_key_and_a_chat_are_remembered_as_long_as_their_stream_stands(redis: Redis) -> None:
-    log = make_log(redis, live_ms=10_000, retention_ms=40_000)
+    log = make_log(redis, open_ms=10_000, retention_ms=40_000)
     await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")
     born = await key_seconds(redis)
-    [claim] = await make_claims(redis, live_ms=20_000).claim(1)
+    [claim] = await make_claims(redis, open_ms=20_000).claim(1)
     begun = await key_seconds(redis)
-    await make_claims(redis, live_ms=30_000).renew([claim])
+    await make_claims(redis, open_ms=30_000).renew([claim])
     renewed = await key_seconds(redis)
     await append(log, claim, 0, BEGIN + END)
     assert (born, begun, renewed, await key_seconds(redis)) == (10, 20, 30, 40)
 
 
 async def test_the_key_of_what_no_worker_ended_is_remembered_as_long(redis: Redis) -> None:
-    log = make_log(redis, live_ms=10_000, retention_ms=40_000)
+    log = make_log(redis, open_ms=10_000, retention_ms=40_000)
     stream_id = (await log.create(REQUEST, idempotency_key="k", digest="d", chat="c")).stream_id
     await log.cancel(stream_id)
     assert await key_seconds(redis) == 40
@@ -235,7 +235,7 @@ async def test_the_key_of_what_no_worker_ended_is_remembered_as_long(redis: Redi
 async def test_a_chat_leads_to_its_newest_stream_whatever_becomes_of_older_ones(
     redis: Redis,
 ) -> None:
-    log = make_log(redis, live_ms=40_000, retention_ms=10_000)
+    log = make_log(redis, open_ms=40_000, retention_ms=10_000)
     old, older, new = [(await log.create(REQUEST, chat="c")).stream_id for _ in range(3)]
     await log.cancel(old)
     await log.erase(older)
@@ -432,7 +432,7 @@ async def test_who_shares_the_attempt_number_is_not_told_that_its_end_stands(
 
 @pytest.mark.parametrize("by", ["worker", "cancel"])
 async def test_after_the_end_the_log_stands_for_the_retention(redis: Redis, by: str) -> None:
-    log = make_log(redis, live_ms=60_000, retention_ms=2 * HOUR_MS)
+    log = make_log(redis, open_ms=60_000, retention_ms=2 * HOUR_MS)
     if by == "worker":
         claim = await claimed(redis)
         await append(log, claim, 0, BEGIN)

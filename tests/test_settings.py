@@ -54,7 +54,7 @@ def test_everything_has_a_default_but_the_upstream() -> None:
 
 def test_units_are_converted_once() -> None:
     settings = Settings(live_seconds=2, retention_seconds=3, lease_seconds=0.5)
-    assert (settings.live_ms, settings.retention_ms, settings.lease_ms) == (5000, 3000, 500)
+    assert (settings.open_ms, settings.retention_ms, settings.lease_ms) == (5000, 3000, 500)
 
 
 CONFIGURED: list[tuple[dict[str, str], UpstreamSettings]] = [

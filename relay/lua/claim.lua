@@ -1,11 +1,11 @@
 -- Takes jobs off the queue: the attempt number and the lease come in one atom. Until the first renewal
 -- nothing else keeps their streams from expiring.
 -- KEYS: queue, leases, wake
--- ARGV: owner, how many, bytes of requests after which no more, lease_ms, live_ms, log, state and
+-- ARGV: owner, how many, bytes of requests after which no more, lease_ms, open_ms, log, state and
 --       job key pattern
 -- Returns {id, attempt, ordinal, request, job} for each claim
 local queue, leases, wake = unpack(KEYS)
-local owner, want, most_bytes, lease_ms, live_ms, log_of, state_of, job_of = unpack(ARGV)
+local owner, want, most_bytes, lease_ms, open_ms, log_of, state_of, job_of = unpack(ARGV)
 local now = now_ms()
 local claims, bytes = {}, 0
 
@@ -25,7 +25,7 @@ while #claims < tonumber(want) and bytes < tonumber(most_bytes) do
     local ordinal = redis.call('HINCRBY', state, 'claims', 1)
     redis.call('HINCRBY', state, 'tries', 1)
     redis.call('ZADD', leases, now + lease_ms, id)
-    keep(id, live_ms, string.format(log_of, id), state, job)
+    keep(id, open_ms, string.format(log_of, id), state, job)
     bytes = bytes + #request
     claims[#claims + 1] = { id, attempt, ordinal, request, job_data }
   end

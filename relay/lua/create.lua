@@ -1,10 +1,10 @@
 -- A stream is born, with its job in arq's queue, or nothing happens.
 -- KEYS: log, state, channel, job, queue, wake, idempotency, chat
--- ARGV: id, request, job, live_ms, queue_limit, idempotency key or '', body digest, state key pattern,
+-- ARGV: id, request, job, open_ms, queue_limit, idempotency key or '', body digest, state key pattern,
 --       recovery, webhook or '', id of the chat or ''
 -- Returns {'created', id, subscribers of its channel} | {'repeated', id} | {'conflict'} | {'full'}
 local log, state, channel, job, queue, wake, idempotency, chat = unpack(KEYS)
-local id, request, job_data, live_ms, queue_limit, key, digest, state_of, recovery, webhook, chat_id =
+local id, request, job_data, open_ms, queue_limit, key, digest, state_of, recovery, webhook, chat_id =
   unpack(ARGV)
 
 if key ~= '' then
@@ -22,7 +22,7 @@ redis.call('XADD', log, '0-1', 'queued', '{}')
 redis.call('HSET', state, 'request', request, 'recovery', recovery, 'created_ms', now, 'attempt', 0,
   'next', 2, 'claims', 0, 'tries', 0)
 if webhook ~= '' then redis.call('HSET', state, 'webhook', webhook) end
-redis.call('SET', job, job_data, 'PX', live_ms)
+redis.call('SET', job, job_data, 'PX', open_ms)
 if key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'digest', digest)
   redis.call('HSET', state, 'idempotency', idempotency)
@@ -31,6 +31,6 @@ if chat_id ~= '' then
   redis.call('SET', chat, id)
   redis.call('HSET', state, 'chat', chat)
 end
-keep(id, live_ms, log, state)
+keep(id, open_ms, log, state)
 enqueue(queue, wake, id, now_exact_ms(), queue_limit)
 return { 'created', id, redis.pcall('PUBSUB', 'NUMSUB', channel)[2] or 0 }

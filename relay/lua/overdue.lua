@@ -1,13 +1,13 @@
 -- Ends what nobody took in time: its keys have no longer to live than those of an ended stream.
 -- KEYS: queue, leases, webhooks, ended
--- ARGV: log, state, channel and job key pattern, live_ms, retention_ms, data of `failed`
+-- ARGV: log, state, channel and job key pattern, open_ms, retention_ms, data of `failed`
 -- Returns the ids of the streams that it ended
 local queue, leases, webhooks, ended = unpack(KEYS)
-local log_of, state_of, channel_of, job_of, live_ms, retention_ms, data = unpack(ARGV)
+local log_of, state_of, channel_of, job_of, open_ms, retention_ms, data = unpack(ARGV)
 local ids = {}
 
 -- Those that were claimed meanwhile stand at their old place: their age alone does not tell.
-local born = now_ms() - (live_ms - retention_ms)
+local born = now_ms() - (open_ms - retention_ms)
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, '-inf', born, 'LIMIT', 0, 100)) do
   local state = string.format(state_of, id)
   if redis.call('PTTL', state) <= tonumber(retention_ms) then
