@@ -16,6 +16,7 @@ from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import RETRY_SECONDS, Shape, first_fault
 from api.ui_request import UIChatRequest
 from api.viewer import Viewer, words_in_events
+from api.wires import sse
 from api.wires import ui_messages as codec
 from relay.errors import StreamGone
 from relay.ids import alias_of
@@ -87,7 +88,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A UI message stream, as server-sent events. X-Stream-Id is the stream's id "
         "on the native API.",
-        "content": {codec.MEDIA_TYPE: {}},
+        "content": {sse.MEDIA_TYPE: {}},
     }
 }
 

@@ -22,6 +22,7 @@ from api.parts import PartsOfApp
 from api.viewer import words_in_events
 from api.waiting import when_ended
 from api.wires import chat_completions as codec
+from api.wires import sse
 from relay.events import CANCELLED, to_json
 
 router = APIRouter(prefix="/v1")
@@ -75,7 +76,7 @@ def _model(name: str) -> dict[str, Any]:
             "description": "A `chat.completion`, or with `stream` its chunks as server-sent "
             "events. X-Stream-Id is the stream's id on the native API: to watch it, resume it or "
             "cancel it. Errors have OpenAI's shape.",
-            "content": {"application/json": {}, codec.MEDIA_TYPE: {}},
+            "content": {"application/json": {}, sse.MEDIA_TYPE: {}},
         },
         **RESPONSES,
         410: {**RESPONSES[404], "description": "The answer was erased, has expired or was lost"},

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from api.hub import Hub
 from api.line import Line
 from api.settle import settle
-from api.wires import native
+from api.wires import sse
 from relay.settings import Settings
 
 HEADERS = {
@@ -61,7 +61,7 @@ def _raw(headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
 
 def come_back() -> bytes:
     """When a viewer is to try again, if this connection is lost; for each another time."""
-    return native.retry(random.randint(*COME_BACK_MS))  # noqa: S311
+    return sse.retry(random.randint(*COME_BACK_MS))  # noqa: S311
 
 
 def send_away(over: asyncio.Future[Exit], drain_seconds: float) -> asyncio.TimerHandle:

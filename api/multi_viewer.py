@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from api.feed import BYTES_AT_ONCE, Feed, any_changed
 from api.hub import Hub
 from api.long_response import Exit, LongResponse, Pace, come_back
-from api.wires import multiplexed, native
+from api.wires import multiplexed, sse
 from relay.errors import StreamGone
 from relay.events import Cursor
 
@@ -80,13 +80,13 @@ class Lane:
     def _notices(self) -> list[bytes]:
         fresh = self.feed.notices[self._noticed :]
         self._noticed += len(fresh)
-        return [native.comment(notice) for notice in fresh]
+        return [sse.comment(notice) for notice in fresh]
 
 
 class MultiViewer(LongResponse):
     """Ends when every stream has ended or is gone. It has the bounds of a viewer of one."""
 
-    media_type = native.MEDIA_TYPE
+    media_type = sse.MEDIA_TYPE
 
     def __init__(self, hub: Hub, lanes: list[Lane], pace: Pace) -> None:
         super().__init__(hub, pace)
@@ -128,4 +128,4 @@ class MultiViewer(LongResponse):
     async def _wait(self, send: Send, over: asyncio.Future[Exit]) -> None:
         feeds = [lane.feed for lane in self._lanes if not lane.over]
         if not await any_changed(feeds, self._pace.heartbeat_seconds, unless=over):
-            await self._write(send, native.HEARTBEAT)
+            await self._write(send, sse.HEARTBEAT)

@@ -23,6 +23,7 @@ from api.responses_request import ResponsesRequest
 from api.viewer import Viewer, words_in_events
 from api.waiting import until_begun, until_ended, when_ended
 from api.wires import responses as codec
+from api.wires import sse
 from api.wires.chat_completions import encode_gone
 from relay.errors import StreamUnknown
 from relay.events import to_json
@@ -112,7 +113,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A `response`, or with `stream` its events as server-sent events. "
         "X-Stream-Id is the stream's id on the native API. Errors have OpenAI's shape.",
-        "content": {"application/json": {}, codec.MEDIA_TYPE: {}},
+        "content": {"application/json": {}, sse.MEDIA_TYPE: {}},
     },
     **RESPONSES,
     404: {**RESPONSES[404], "description": "There is no such model or response, or no more"},

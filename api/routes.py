@@ -18,7 +18,7 @@ from api.parts import Parts, PartsOfApp, WhileResponding
 from api.problems import problem, redis_away, responses
 from api.status import StreamStatus
 from api.viewer import NativeViewer, NotNow, Viewer
-from api.wires import multiplexed, native, text
+from api.wires import multiplexed, sse, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
 from relay.events import Cursor
 from relay.ids import is_stream_id
@@ -58,7 +58,7 @@ async def _stream_id(
 StreamId = Annotated[str, Depends(_stream_id)]
 
 _STREAMED: dict[str, Any] = {
-    native.MEDIA_TYPE: {
+    sse.MEDIA_TYPE: {
         "schema": {
             "type": "string",
             "description": "Server-Sent Events. `id` is the cursor, `event` one of queued, started,"
@@ -144,7 +144,7 @@ def _names(stream_id: str) -> dict[str, str]:
         200: {
             "description": "The events of all, as they come. `data` begins with `stream_id`; `id` "
             "is one cursor for all. A stream that is gone is told by a `failed` of its own, once.",
-            "content": {native.MEDIA_TYPE: _STREAMED[native.MEDIA_TYPE]},
+            "content": {sse.MEDIA_TYPE: _STREAMED[sse.MEDIA_TYPE]},
         },
         204: {"description": "You have each of them whole, or were told that it is gone."},
         **responses(400, 404, 410, 422, 503),
@@ -305,7 +305,7 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
     return JSONResponse({"status": "ok"}) if parts.hub.connected else redis_away()
 
 
-_VIEWERS = {"application/json": None, native.MEDIA_TYPE: NativeViewer, text.MEDIA_TYPE: TextViewer}
+_VIEWERS = {"application/json": None, sse.MEDIA_TYPE: NativeViewer, text.MEDIA_TYPE: TextViewer}
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

@@ -11,7 +11,7 @@ from api.feed import Feed, Wire
 from api.hub import REDIS_AWAY, Hub
 from api.line import Line
 from api.long_response import Exit, LongResponse, Pace, come_back
-from api.wires import native
+from api.wires import native, sse
 from relay.errors import StreamGone
 from relay.events import STARTED, TEXT, WHOLE, Cursor
 
@@ -36,7 +36,7 @@ def words_in_events(
     *, first: Callable[[], bytes], gone: Callable[[StreamGone], bytes], last: Callable[[], bytes]
 ) -> Words:
     """Of a wire of Server-Sent Events, which all beat and comment alike."""
-    return Words(native.MEDIA_TYPE, first, native.HEARTBEAT, native.comment, gone, last)
+    return Words(sse.MEDIA_TYPE, first, sse.HEARTBEAT, sse.comment, gone, last)
 
 
 class Viewer(LongResponse):
@@ -147,12 +147,12 @@ class NativeViewer(Viewer):
 class NotNow(Response):
     """To an EventSource while nothing can be read: one that hears 503 would never come back."""
 
-    media_type = native.MEDIA_TYPE
+    media_type = sse.MEDIA_TYPE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del self.headers["content-length"]
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        body = native.comment(REDIS_AWAY) + come_back()
+        body = sse.comment(REDIS_AWAY) + come_back()
         # Left unended: a proper end would pass for the stream's.
         await send({"type": "http.response.body", "body": body, "more_body": True})

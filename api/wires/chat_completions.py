@@ -6,11 +6,11 @@ What the upstream said comes out as it went in, but for `obfuscation`, which is 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from api.wires import sse
 from relay.chunks import Chunk, Expander
 from relay.errors import StreamGone
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Event, join_text, to_json
 
-MEDIA_TYPE = "text/event-stream"
 INTERRUPTED = {
     "code": "interrupted",
     "message": "The answer was begun anew: watch it by its X-Stream-Id, or ask again.",
@@ -74,7 +74,7 @@ class _Encoder:
             if not chunk.get("choices"):
                 return b""
             chunk = {key: value for key, value in chunk.items() if key != "usage"}
-        return _frame(chunk)
+        return sse.frame(chunk)
 
     def _render_around(self, event: Event) -> tuple[bytes, bytes]:
         chunk = self._expander.chunk(event._replace(data=to_json(_GAP)))
@@ -87,7 +87,7 @@ class _Encoder:
 def encode_error(value: dict[str, Any]) -> bytes:
     """How this wire says in the middle of a stream that it will not be finished."""
     status = STATUSES.get(value["code"], OTHER_STATUS)
-    return _frame({"error": error(value["code"], value["message"], status=status)})
+    return sse.frame({"error": error(value["code"], value["message"], status=status)})
 
 
 def encode_gone(gone: StreamGone) -> bytes:
@@ -189,7 +189,3 @@ def _own(value: Any) -> Any:
         _merge_lists(owned, value)
         return owned
     return value
-
-
-def _frame(value: Chunk) -> bytes:
-    return b"data: %b\n\n" % to_json(value)

@@ -7,9 +7,6 @@ from sse_starlette import ServerSentEvent
 from relay.errors import RelayError
 from relay.events import CHUNK, FAILED, STARTED, TEXT, WHOLE, Event, first_choice_text, to_json
 
-MEDIA_TYPE = "text/event-stream"
-HEARTBEAT = b":\n\n"
-
 
 def encoder() -> Callable[[Event], bytes]:
     return encode
@@ -33,16 +30,6 @@ def encode_gone(error: RelayError) -> bytes:
     """What a viewer is told whose stream goes away under it. It has no id: it is in no log."""
     value = {"code": error.code, "message": error.message, "retryable": error.retryable}
     return _frame(to_json(value), FAILED, None)
-
-
-def comment(text: bytes) -> bytes:
-    """What is no event; an EventSource passes over it."""
-    return b": %s\n\n" % text
-
-
-def retry(milliseconds: int) -> bytes:
-    """How long an EventSource is to wait before it comes back."""
-    return b"retry: %d\n\n" % milliseconds
 
 
 def _whole(event: Event) -> bytes:

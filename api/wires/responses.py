@@ -27,7 +27,6 @@ from relay.events import (
 )
 from relay.ids import alias_of
 
-MEDIA_TYPE = "text/event-stream"
 _END = b"\n\n"
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _ERROR_CODES = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from api.wires import sse
 from relay.chunks import Chunk, Expander, call_key, reasoning_of
 from relay.events import (
     CANCELLED,
@@ -16,7 +17,6 @@ from relay.events import (
     to_json,
 )
 
-MEDIA_TYPE = "text/event-stream"
 HEADERS = {"x-vercel-ai-ui-message-stream": "v1"}
 DONE = b"data: [DONE]\n\n"
 
@@ -40,12 +40,12 @@ def encoder() -> Callable[[Event], bytes]:
 def encode_start(message_id: str) -> bytes:
     """What every viewer is told first, once: whose parts they are. The same id in a replay makes
     the client put it in the place of what it has."""
-    return _frame({"type": "start", "messageId": message_id}) + _frame({"type": "start-step"})
+    return sse.frame({"type": "start", "messageId": message_id}) + sse.frame({"type": "start-step"})
 
 
 def encode_error(message: str) -> bytes:
     """The client raises it, and keeps what it has."""
-    return _frame({"type": "error", "errorText": message}) + DONE
+    return sse.frame({"type": "error", "errorText": message}) + DONE
 
 
 class _Call:
@@ -62,10 +62,10 @@ class _Call:
         text = join_text(self.pieces)
         try:
             given = from_json(text or "{}")
-            return _frame({"type": "tool-input-available", **part, "input": given})
+            return sse.frame({"type": "tool-input-available", **part, "input": given})
         except (ValueError, RecursionError):
             told = "The model's arguments are not valid JSON."
-            return _frame({"type": "tool-input-error", **part, "input": text, "errorText": told})
+            return sse.frame({"type": "tool-input-error", **part, "input": text, "errorText": told})
 
 
 class _Encoder:
@@ -92,16 +92,16 @@ class _Encoder:
         if event.kind == STARTED:
             return self._take_back()
         if event.terminal:
-            return b"".join(map(_frame, self._close())) + self._end(event)
+            return b"".join(map(sse.frame, self._close())) + self._end(event)
         parts = list(self._parts(chunk or {}))
         plain = event.kind == TEXT and [part["type"] for part in parts] == ["text-delta"]
         self._around = _around(parts[0]) if plain else None
-        return b"".join(map(_frame, parts))
+        return b"".join(map(sse.frame, parts))
 
     def _take_back(self) -> bytes:
         written = self._opened or self._calls
         self._begin()
-        return _frame({"type": "reset-step"}) if written else b""
+        return sse.frame({"type": "reset-step"}) if written else b""
 
     def _parts(self, chunk: Chunk) -> Iterator[Part]:
         """Of the first choice alone."""
@@ -152,17 +152,13 @@ class _Encoder:
             # By this the SDK's own providers tell a refusal from a text.
             reason = "content-filter" if self._refused and reason == "stop" else reason
             calls = b"".join(call.frame() for call in self._calls.values())
-            finish = _frame({"type": "finish", "finishReason": reason})
-            return calls + _frame({"type": "finish-step"}) + finish + DONE
+            finish = sse.frame({"type": "finish", "finishReason": reason})
+            return calls + sse.frame({"type": "finish-step"}) + finish + DONE
         if event.kind == CANCELLED:
-            return _frame({"type": "abort", "reason": "cancelled"}) + DONE
+            return sse.frame({"type": "abort", "reason": "cancelled"}) + DONE
         return encode_error(event.value()["message"])
 
 
 def _around(delta: Part) -> tuple[bytes, bytes]:
-    before, _, after = _frame({**delta, "delta": _GAP}).partition(to_json(_GAP))
+    before, _, after = sse.frame({**delta, "delta": _GAP}).partition(to_json(_GAP))
     return before, after
-
-
-def _frame(part: Part) -> bytes:
-    return b"data: %b\n\n" % to_json(part)
