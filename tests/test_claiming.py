@@ -36,8 +36,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def never_polling(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("worker.claiming", "worker.main"):
-        monkeypatch.setattr(f"{module}.POLL_SECONDS", 30.0)
+    monkeypatch.setattr("worker.claiming.POLL_SECONDS", 30.0)
 
 
 @asynccontextmanager

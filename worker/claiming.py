@@ -23,10 +23,12 @@ from redis.exceptions import RedisError
 
 from relay import keys
 from relay.claim import Claim, Claims, emptied
-from relay.connection import reason
+from relay.connection import connect, reason
 from relay.listener import Listener
 from relay.logs import get_logger
+from relay.settings import Settings
 from worker.deliveries import Deliveries
+from worker.health import health_key
 
 logger = get_logger("worker")
 
@@ -62,16 +64,12 @@ class ClaimingWorker(Worker):
     def __init__(
         self,
         functions: list[Function],
+        settings: Settings,
         *,
         redis: Redis,
-        patient_redis: Redis,
         claims: Claims,
-        lease_seconds: float,
-        concurrency: int,
-        grace_seconds: float,
         deliveries: Deliveries,
         ctx: dict[str, Any],
-        health_check_key: str,
         on_shutdown: StartupShutdown,
         handle_signals: bool = True,
     ) -> None:
@@ -79,10 +77,10 @@ class ClaimingWorker(Worker):
             functions,
             queue_name=keys.QUEUE,
             redis_pool=ArqRedis(connection_pool=redis.connection_pool),
-            max_jobs=concurrency,
-            job_completion_wait=math.ceil(grace_seconds),
+            max_jobs=settings.concurrency,
+            job_completion_wait=math.ceil(settings.grace_seconds),
             health_check_interval=3 * HEALTH_SECONDS,
-            health_check_key=health_check_key,
+            health_check_key=health_key(),
             on_shutdown=on_shutdown,
             keep_result=0,
             ctx=ctx,
@@ -90,8 +88,11 @@ class ClaimingWorker(Worker):
         )
         self._claims = claims
         self._redis = redis
-        self._patient_redis = patient_redis
-        self._lease_seconds = lease_seconds
+        self._patient_redis = connect(
+            settings.redis_url, connections=1, reply_seconds=POLL_SECONDS + 5
+        )
+        """For the one call that waits for a token, longer than any other may."""
+        self._lease_seconds = settings.lease_seconds
         self._deliveries = deliveries
         self._delivering: asyncio.Task[None] | None = None
         self._held: dict[str, Job] = {}

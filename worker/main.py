@@ -17,10 +17,9 @@ from relay.log import JOB, Log
 from relay.outbox import Outbox
 from relay.settings import Settings
 from worker.appender import Appender
-from worker.claiming import POLL_SECONDS, ClaimingWorker, Job
+from worker.claiming import ClaimingWorker, Job
 from worker.deliveries import Deliveries
 from worker.generation import Generation
-from worker.health import health_key
 from worker.upstream import Upstream
 
 
@@ -43,22 +42,17 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
     """Raises ConfigurationError. Connects when it runs, not here."""
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     redis = connect(settings.redis_url)
-    claims = Claims.configured(redis, name, settings)
     return ClaimingWorker(
         [func(generate, name=JOB)],
+        settings,
         redis=redis,
-        patient_redis=connect(settings.redis_url, connections=1, reply_seconds=POLL_SECONDS + 5),
-        claims=claims,
-        lease_seconds=settings.lease_seconds,
-        concurrency=settings.concurrency,
-        grace_seconds=settings.grace_seconds,
+        claims=Claims.configured(redis, name, settings),
         deliveries=Deliveries(Outbox(redis), settings.webhooks),
         ctx={
             "settings": settings,
             "appender": Appender(Log.configured(redis, settings)),
             "upstream": Upstream(settings),
         },
-        health_check_key=health_key(),
         on_shutdown=_close_upstream,
         handle_signals=handle_signals,
     )
