@@ -10,7 +10,7 @@ from api.problems import problem
 from api.viewer import Viewer, Words
 from api.wires import text
 from relay.errors import StreamGone
-from relay.events import CANCELLED, FAILED, STARTED, TEXT, WHOLE, Event
+from relay.events import CANCELLED, CUT_SHORT, FAILED, STARTED, TEXT, WHOLE, Event
 
 
 class Superseded(BrokenOff):
@@ -68,7 +68,7 @@ class HeldViewer(Viewer):
         self._silent = max(self._silent, self._feed.position(None))
         while frames := self._feed.frames(self.wire, self._silent):
             for frame in frames:
-                if frame and self._feed.events[self._silent].kind not in {FAILED, CANCELLED}:
+                if frame and self._feed.events[self._silent].kind not in CUT_SHORT:
                     return True
                 self._silent += 1
         return False
@@ -127,7 +127,7 @@ class TextViewer(HeldViewer):
         await super()._respond(scope, receive, send, over)
 
     def _breaks(self, event: Event) -> bool:
-        return event.kind in {FAILED, CANCELLED} or super()._breaks(event)
+        return event.kind in CUT_SHORT or super()._breaks(event)
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
         return problem(status, code, detail)

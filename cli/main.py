@@ -15,9 +15,9 @@ from typer.core import TyperGroup
 
 from cli import up as everything
 from cli.processes import module, module_env
-from relay.client import FAILURES, Client
+from relay.client import Client
 from relay.errors import ConfigurationError, RelayError
-from relay.events import STARTED, TERMINAL
+from relay.events import CUT_SHORT, STARTED, TERMINAL
 from relay.settings import load_settings
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -141,7 +141,7 @@ def _print(client: Client, stream_id: str) -> None:
         typer.echo(_harmless(update.text), nl=False, color=True)  # As it is.
         if update.kind in TERMINAL:
             typer.echo()
-        if update.kind in FAILURES:
+        if update.kind in CUT_SHORT:
             everything.report(str(update.data.get("message", update.kind)))
             raise typer.Exit(1)
 

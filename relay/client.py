@@ -14,7 +14,7 @@ import httpx2
 
 from relay import proxies
 from relay.errors import ConfigurationError, RelayError
-from relay.events import CANCELLED, CHUNK, COMPLETED, FAILED, STARTED, TERMINAL, Halves
+from relay.events import CHUNK, COMPLETED, STARTED, TERMINAL, Halves
 
 SILENCE_SECONDS = 45.0
 """Three heartbeats: a connection that is silent for longer is dead."""
@@ -225,7 +225,3 @@ def _json(response: httpx2.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
-
-
-FAILURES = frozenset({FAILED, CANCELLED})
-"""The terminal events after which the text is not the whole answer."""

@@ -16,6 +16,8 @@ COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 TERMINAL: Final = frozenset({COMPLETED, FAILED, CANCELLED})
+CUT_SHORT: Final = TERMINAL - {COMPLETED}
+"""After these the text is not the whole answer."""
 
 # The two kinds of chunk are stored by one letter: an entry costs bytes in proportion to its text.
 TEXT: Final = "t"
