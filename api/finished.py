@@ -36,16 +36,12 @@ class Finished:
         self._kept.move_to_end(stream_id)
         return feed
 
-    def drop(self, stream_id: str) -> Feed | None:
+    def drop(self, stream_id: str) -> None:
         feed, _ = self._kept.pop(stream_id, (None, 0))
         if feed is not None:
             feed.on_growth = None
             self._bytes -= feed.bytes
-        return feed
 
     def clear(self) -> None:
         for stream_id in list(self._kept):
             self.drop(stream_id)
-
-    def feeds(self) -> list[Feed]:
-        return [feed for feed, _ in self._kept.values()]
