@@ -59,10 +59,13 @@ class Hub:
         self._beginning: dict[Feed, asyncio.Task[None]] = {}
         """Those whose log is being read for the first time."""
         self._unborn: set[Feed] = set()
+        """Those whose stream is still to be created: there is nothing to read."""
         self._subscribing: dict[str, list[asyncio.Future[None]]] = {}
         """Those who wait until a channel stands: two, if a feed was let go of and made anew."""
         self._reading: set[Feed] = set()
+        """Those that are being brought up to date."""
         self._stale: set[Feed] = set()
+        """Those to be read once more, since their log may have what was not heard."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.draining = False
 

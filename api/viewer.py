@@ -40,7 +40,7 @@ def words_in_events(
 
 
 class Viewer(LongResponse):
-    """Takes all frames since its cursor and writes them as one body message.
+    """Takes the frames from its index on, as many as go into one write, and writes them.
 
     It ends after the terminal event and when the log is gone, which it says in band.
     """

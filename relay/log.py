@@ -119,7 +119,7 @@ class Log:
 
     def __init__(self, redis: Redis, *, open_ms: int, retention_ms: int, queue_limit: int) -> None:
         """`open_ms`: so long Redis keeps an open stream after its birth or the last renewal of its
-        claim; `retention_ms`: one that has ended. In what `open_ms` is longer it may wait."""
+        claim; `retention_ms`: one that has ended. The difference is how long it may wait."""
         self._redis = redis
         self._open_ms = open_ms
         self._retention_ms = retention_ms

@@ -29,7 +29,7 @@ from relay.webhooks import Webhooks
 
 MIB = 1024 * 1024
 MOST = 10**9
-"""Redis counts in 64 bits, milliseconds since 1970 too: what goes beyond it would refuse later."""
+"""Redis counts in 64 bits, milliseconds since 1970 too, and would refuse later what is beyond."""
 
 PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_")
 OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
@@ -179,8 +179,8 @@ class Settings(BaseSettings):
 
     @property
     def open_ms(self) -> int:
-        """How long Redis keeps an open stream. Longer than that may wait, so that a worker which
-        comes late can still end it."""
+        """How long Redis keeps an open stream: longer than that may wait for a worker, so that one
+        which comes late can still end it."""
         return self.live_seconds * 1000 + self.retention_ms
 
     @property

@@ -308,7 +308,7 @@ async def test_erased_means_erased(api: httpx2.AsyncClient, redis: Redis) -> Non
 async def test_an_expired_stream_is_gone_and_not_empty(settings: Settings, redis: Redis) -> None:
     async with running_api(changed(settings, live_seconds=1)) as api:
         stream_id = await ask(api)
-        # What Redis does after live_seconds, now.
+        # What Redis does after open_ms, now.
         await redis.pexpire(f"relay:{stream_id}:log", 1)
         await redis.pexpire(f"relay:{stream_id}:state", 1)
         await asyncio.sleep(0.005)
