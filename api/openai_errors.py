@@ -34,7 +34,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     404: {"model": OpenAIError, "description": "There is no such model"},
     409: {"model": OpenAIError, "description": "The Idempotency-Key came with another body before"},
-    410: {"model": OpenAIError, "description": "The answer was erased or lost meanwhile"},
     413: {"model": OpenAIError, "description": "The body is too large"},
     429: {"model": OpenAIError, "description": "The model service is at its limit"},
     500: {"model": OpenAIError, "description": "Something went wrong here"},

@@ -1,8 +1,10 @@
 """What stands in files that nothing runs: they must say what is."""
 
 import re
+import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,12 +14,22 @@ from redis.exceptions import RedisError
 from api import hub
 from api.problems import _STATUS, TITLES
 from cli.processes import free_port, spawn
-from cli.redis_server import find_redis_server
+from cli.redis_server import RedisServer, find_redis_server
 from relay import connection, errors, listener, outbox
 from relay.connection import connect
 from relay.settings import MIB, Settings, variables
-from tests.conftest import ROOT, until
+from tests.conftest import (
+    ROOT,
+    ask,
+    asking,
+    changed,
+    running_api,
+    running_worker,
+    until,
+    watch,
+)
 from worker import appender, claiming, deliveries, generation, post, sse
+from worker.health import is_healthy
 
 
 def read(name: str) -> str:
@@ -177,3 +189,34 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
     assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base) for base in bases)
     assert re.search(r"^USER [1-9]", dockerfile, re.MULTILINE)
     assert "--require-hashes" in dockerfile
+
+
+async def test_the_rights_that_are_told_are_enough_for_all_that_is_asked_of_redis(
+    redis: Redis, redis_server: RedisServer, settings: Settings
+) -> None:
+    [rule] = re.findall(r"^user relay (.+)$", read("docs/redis.md"), re.MULTILINE)
+    admin: Any = redis
+    await admin.execute_command("ACL", "SETUSER", "relay", *rule.split())
+    await admin.execute_command("ACL", "LOG", "RESET")
+    url = redis_server.url.replace("unix://", "unix://relay:PASSWORD@")
+    limited = changed(settings, redis_url=url, lease_seconds=0.3)
+    try:
+        async with running_api(limited) as http, running_worker(limited) as worker:
+            events = await watch(http, await ask(http, chunks=3))
+            runs, erased = [await ask(http, chunks=1, end="stall") for _ in range(2)]
+            await until(lambda: is_healthy(limited))
+            answers = [
+                await http.get(f"/streams/{runs}"),
+                await http.get("/metrics"),
+                await http.post(f"/streams/{runs}/cancel"),
+                await http.delete(f"/streams/{erased}"),
+                await http.post("/v1/chat/completions", json={"model": "demo"} | asking(chunks=2)),
+            ]
+            await ask(http, chunks=1, end="stall")
+            worker.handle_sig(signal.SIGTERM)
+        refused = await admin.execute_command("ACL", "LOG")
+    finally:
+        await admin.execute_command("ACL", "DELUSER", "relay")
+    assert events[-1].event == "completed"
+    assert [each.status_code for each in answers] == [200, 200, 200, 204, 200]
+    assert not refused
