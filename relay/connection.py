@@ -65,6 +65,9 @@ def _pool(url: str, connections: int, reply_seconds: float) -> "_Pool":
         "socket_connect_timeout": CONNECT_SECONDS,
         "protocol": 2,
         "decode_responses": False,
+        # redis-py would name itself, which a user of least rights may not.
+        "lib_name": None,
+        "lib_version": None,
     }
     return _Pool(**(options | ours))
 

@@ -219,4 +219,4 @@ async def test_the_rights_that_are_told_are_enough_for_all_that_is_asked_of_redi
         await admin.execute_command("ACL", "DELUSER", "relay")
     assert events[-1].event == "completed"
     assert [each.status_code for each in answers] == [200, 200, 200, 204, 200]
-    assert not refused
+    assert not refused, str(refused)
