@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from cli.redis_server import RedisServer
 from emulator.app import Emulator, Record
 from relay import keys
 from relay.chunks import Compactor
 from relay.claim import Claim, Claims, Released
+from relay.connection import connect
 from relay.errors import StreamGone
 from relay.events import WHOLE, Event, text_of, to_json
 from relay.log import Log, Recovery
 from relay.settings import Settings
-from tests.conftest import append, asking, changed, make_claims, running_worker
+from tests.conftest import append, asking, changed, make_claims, make_log, running_worker
 from worker.claiming import CLAIMED_AT_ONCE, ClaimingWorker
 from worker.deliveries import Deliveries
 from worker.health import is_healthy
@@ -425,8 +427,12 @@ Order = Callable[[Log, str], Awaitable[Any]]
 
 
 @pytest.fixture
-def overtaking(redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
+async def overtaking(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[[Order], None]]:
     """Call it to have each claim held back until the worker has heard this order for its jobs."""
+    # Not that of the test, on which an order would wait behind what waits for its effect.
+    orders = connect(redis_server.url)
 
     def overtake(order: Order) -> None:
         claim, heard = Claims.claim, asyncio.Event()
@@ -434,8 +440,8 @@ def overtaking(redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch) -> Calla
         async def overtaken(claims: Claims, want: int) -> list[Claim]:
             taken = await claim(claims, want)
             for each in taken:
-                await order(log, each.stream_id)
-                await redis.publish(keys.CONTROL, "erase last")
+                await order(make_log(orders), each.stream_id)
+                await orders.publish(keys.CONTROL, "erase last")
                 await heard.wait()
             return taken
 
@@ -446,7 +452,8 @@ def overtaking(redis: Redis, log: Log, monkeypatch: pytest.MonkeyPatch) -> Calla
         monkeypatch.setattr(Claims, "claim", overtaken)
         monkeypatch.setattr(Deliveries, "forget", hear)
 
-    return overtake
+    async with orders:
+        yield overtake
 
 
 async def test_a_cancel_that_overtakes_the_answer_to_the_claim_ends_the_stream(
