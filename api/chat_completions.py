@@ -111,5 +111,5 @@ def _whole(feed: Feed) -> Response:
     if failure := failure_of(feed):
         return failure
     if feed.events[-1].kind == CANCELLED:
-        return refusal(codec.STATUSES[CANCELLED], CANCELLED, codec.CANCELLED_MESSAGE)
+        return refusal(codec.status_of(CANCELLED), CANCELLED, codec.CANCELLED_MESSAGE)
     return Response(to_json(codec.fold(feed.events)), media_type="application/json")

@@ -61,12 +61,12 @@ def _raw(headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
 
 def come_back() -> bytes:
     """When a viewer is to try again, if this connection is lost; for each another time."""
-    return sse.retry(random.randint(*COME_BACK_MS))  # noqa: S311
+    return sse.retry(random.randint(*COME_BACK_MS))  # noqa: S311 - it is no secret
 
 
 def send_away(over: asyncio.Future[Exit], drain_seconds: float) -> asyncio.TimerHandle:
     """Choose a moment of its own, so that not all clients storm the next process at once."""
-    seconds = random.uniform(0, drain_seconds)  # noqa: S311
+    seconds = random.uniform(0, drain_seconds)  # noqa: S311 - it is no secret
     return asyncio.get_running_loop().call_later(seconds, settle, over, Exit.SENT_AWAY)
 
 

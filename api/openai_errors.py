@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from api.feed import Feed
 from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
-from api.wires.chat_completions import OTHER_STATUS, STATUSES, error
+from api.wires.chat_completions import error, status_of
 from relay.events import FAILED
 
 
@@ -58,7 +58,7 @@ def failed(feed: Feed) -> Response:
     """Of an answer that has failed. The model service's own code goes before ours: programs match
     on it, as on `context_length_exceeded`."""
     value = feed.events[-1].value()
-    status, theirs = STATUSES.get(value["code"], OTHER_STATUS), value.get("upstream", {})
+    status, theirs = status_of(value["code"]), value.get("upstream", {})
     code = theirs.get("code", value["code"])
     response = refusal(status, code, value["message"], param=theirs.get("param"))
     if not (feed.begun and value["retryable"]):

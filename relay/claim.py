@@ -168,7 +168,7 @@ class Claims:
         ids = await self._overdue(
             keys=[keys.QUEUE, keys.LEASES, keys.WEBHOOKS, keys.ENDED],
             args=[
-                *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+                *keys.OF_STREAM,
                 self._open_ms,
                 self._retention_ms,
                 to_json(OVERDUE),
@@ -184,7 +184,7 @@ class Claims:
         rows = await self._release(
             keys=[keys.QUEUE, keys.LEASES, keys.WAKE, keys.SWEPT, keys.WEBHOOKS, keys.ENDED],
             args=[
-                *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+                *keys.OF_STREAM,
                 self._queue_limit,
                 self._retention_ms,
                 self._lease_ms,

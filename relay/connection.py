@@ -46,7 +46,8 @@ def check(url: str) -> None:
     """Raises ValueError for what is no URL of a Redis, and for options that redis-py cannot take:
     it would say so with the first connection, in a process that runs."""
     try:
-        _pool(url, 1, REPLY_SECONDS).make_connection()  # type: ignore[no-untyped-call]
+        pool = _pool(url, 1, REPLY_SECONDS)
+        pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py tells no types of it
     except (TypeError, AttributeError, RedisError) as error:
         raise ValueError(str(error)) from error
 

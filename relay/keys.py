@@ -69,6 +69,10 @@ def job(stream_id: str) -> str:
     return job_key_prefix + stream_id
 
 
+OF_STREAM = tuple(name("%s") for name in (log, state, channel, job))
+"""Of scripts that find the ids themselves, and take these as patterns of their names."""
+
+
 def idempotency(key: str) -> str:
     return f"relay:idempotency:{key}"
 

@@ -196,7 +196,7 @@ class Log:
         refuses it alone, of which nothing is known then.
         """
         arguments: list[EncodableT] = [
-            *(name("%s") for name in (keys.log, keys.state, keys.channel, keys.job)),
+            *keys.OF_STREAM,
             keys.LEASES,
             keys.WEBHOOKS,
             keys.ENDED,

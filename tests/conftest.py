@@ -96,6 +96,17 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
         yield redis
 
 
+@asynccontextmanager
+async def redis_user(redis: Redis, server: RedisServer, *rules: str) -> AsyncIterator[str]:
+    """The URL for a user of Redis to whom these rules of its ACL apply."""
+    admin: Any = redis
+    await admin.execute_command("ACL", "SETUSER", "us", "on", ">PASSWORD", *rules)
+    try:
+        yield f"{server.url}&username=us&password=PASSWORD"
+    finally:
+        await admin.execute_command("ACL", "DELUSER", "us")
+
+
 def make_log(redis: Redis, **changes: int) -> Log:
     return Log(redis, **({"open_ms": 60_000, "retention_ms": 60_000, "queue_limit": 100} | changes))
 

@@ -231,6 +231,7 @@ async def test_an_answer_that_fails_before_its_first_chunk_is_an_error_by_its_st
         ("content_filter", 400),
         ("internal", 500),
         ("interrupted", 503),
+        ("queue_timeout", 503),
         ("upstream_denied", 502),
         ("upstream_rate_limited", 429),
         ("upstream_refused", 400),

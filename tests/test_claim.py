@@ -379,7 +379,7 @@ async def test_what_writes_long_can_still_be_taken_over(redis: Redis) -> None:
 # What nobody takes in time.
 
 
-def patient(redis: Redis) -> tuple[Log, Claims]:
+def impatient(redis: Redis) -> tuple[Log, Claims]:
     """A stream of theirs may wait for 20 seconds."""
     log = make_log(redis, open_ms=80_000, retention_ms=60_000)
     return log, make_claims(redis, open_ms=80_000, retention_ms=60_000)
@@ -393,7 +393,7 @@ async def waits_since(redis: Redis, stream_id: str, waited_ms: int) -> None:
 
 
 async def test_what_waits_for_too_long_ends_as_failed_and_is_kept(redis: Redis) -> None:
-    log, claims = patient(redis)
+    log, claims = impatient(redis)
     stream_id = (await log.create(REQUEST, webhook="https://x")).stream_id
     await waits_since(redis, stream_id, 20_000)
     assert await claims.end_overdue() == [stream_id]
@@ -410,7 +410,7 @@ async def test_what_waits_for_too_long_ends_as_failed_and_is_kept(redis: Redis) 
 async def test_what_may_still_wait_stays_in_the_queue_however_long_ago_it_came(
     redis: Redis,
 ) -> None:
-    log, claims = patient(redis)
+    log, claims = impatient(redis)
     [stream_id] = await create(log)
     await waits_since(redis, stream_id, 19_000)
     assert await claims.end_overdue() == []
@@ -421,7 +421,7 @@ async def test_what_may_still_wait_stays_in_the_queue_however_long_ago_it_came(
 async def test_what_nobody_waits_for_any_more_leaves_the_queue_in_silence(
     redis: Redis, gone: str
 ) -> None:
-    log, claims = patient(redis)
+    log, claims = impatient(redis)
     [stream_id] = await create(log)
     if gone == "expired":
         await redis.delete(keys.log(stream_id), keys.state(stream_id), keys.job(stream_id))

@@ -1,6 +1,4 @@
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from relay.connection import (
 from relay.errors import StreamGone
 from relay.events import COMPLETED, STARTED, entry
 from relay.pipe import Replies
-from tests.conftest import append, make_claims, make_log, until
+from tests.conftest import append, make_claims, make_log, redis_user, until
 from tests.listening import listening
 from tests.redis_process import running_redis
 from tests.test_post import tls
@@ -348,24 +346,17 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-@asynccontextmanager
-async def with_rights(redis: Redis, server: RedisServer, *rights: str) -> AsyncIterator[Redis]:
-    """A client that may do all, but for what these rules of Redis' take away."""
-    admin: Any = redis
-    all_rights = ("on", "nopass", "~*", "&*", "+@all")
-    await admin.execute_command("ACL", "SETUSER", "us", *all_rights, *rights)
-    try:
-        async with connect(server.url.replace("unix://", "unix://us:any@")) as client:
-            yield client
-    finally:
-        await admin.execute_command("ACL", "DELUSER", "us")
+ALL_RIGHTS = ("~*", "&*", "+@all")
 
 
 @pytest.mark.parametrize("right", ["resetchannels", "-publish", "-pubsub"])
 async def test_who_may_not_publish_leaves_nothing_half_done(
     redis: Redis, redis_server: RedisServer, right: str
 ) -> None:
-    async with with_rights(redis, redis_server, right) as client:
+    async with (
+        redis_user(redis, redis_server, *ALL_RIGHTS, right) as url,
+        connect(url) as client,
+    ):
         log, claims = make_log(client), make_claims(client)
         ended, waiting = [(await log.create({})).stream_id for _ in range(2)]
         [claim] = await claims.claim(1)
@@ -381,7 +372,10 @@ async def test_who_may_not_publish_leaves_nothing_half_done(
 async def test_what_redis_refuses_is_told_in_its_own_words(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    async with with_rights(redis, redis_server, "-evalsha") as client:
+    async with (
+        redis_user(redis, redis_server, *ALL_RIGHTS, "-evalsha") as url,
+        connect(url) as client,
+    ):
         with pytest.raises(ResponseError) as refused:
             await make_log(client).create({})
     told = reason(refused.value)

@@ -23,6 +23,7 @@ from tests.conftest import (
     ask,
     asking,
     changed,
+    redis_user,
     running_api,
     running_worker,
     until,
@@ -196,11 +197,9 @@ async def test_the_rights_that_are_told_are_enough_for_all_that_is_asked_of_redi
 ) -> None:
     [rule] = re.findall(r"^user relay (.+)$", read("docs/redis.md"), re.MULTILINE)
     admin: Any = redis
-    await admin.execute_command("ACL", "SETUSER", "relay", *rule.split())
     await admin.execute_command("ACL", "LOG", "RESET")
-    url = redis_server.url.replace("unix://", "unix://relay:PASSWORD@")
-    limited = changed(settings, redis_url=url, lease_seconds=0.3)
-    try:
+    async with redis_user(redis, redis_server, *rule.split()) as url:
+        limited = changed(settings, redis_url=url, lease_seconds=0.3)
         async with running_api(limited) as http, running_worker(limited) as worker:
             events = await watch(http, await ask(http, chunks=3))
             runs, erased = [await ask(http, chunks=1, end="stall") for _ in range(2)]
@@ -215,8 +214,6 @@ async def test_the_rights_that_are_told_are_enough_for_all_that_is_asked_of_redi
             await ask(http, chunks=1, end="stall")
             worker.handle_sig(signal.SIGTERM)
         refused = await admin.execute_command("ACL", "LOG")
-    finally:
-        await admin.execute_command("ACL", "DELUSER", "relay")
     assert events[-1].event == "completed"
     assert [each.status_code for each in answers] == [200, 200, 200, 204, 200]
     assert not refused, str(refused)

@@ -30,8 +30,7 @@ STATUSES = {
     "upstream_unavailable": 503,
 }
 """Of an answer that failed, by its code. One that has begun has its status already, but the type of
-its error is the same."""
-OTHER_STATUS = 502
+its error is the same. Any other is 502."""
 _GAP = "(the text)"
 # Said again, whole, by each part that has it; everything else that is text goes on where it was.
 _REPEATED = frozenset({"id", "type", "role", "index"})
@@ -84,10 +83,14 @@ class _Encoder:
         return self._around
 
 
+def status_of(code: str) -> int:
+    return STATUSES.get(code, 502)
+
+
 def encode_error(value: dict[str, Any]) -> bytes:
     """How this wire says in the middle of a stream that it will not be finished."""
-    status = STATUSES.get(value["code"], OTHER_STATUS)
-    return sse.frame({"error": error(value["code"], value["message"], status=status)})
+    code = value["code"]
+    return sse.frame({"error": error(code, value["message"], status=status_of(code))})
 
 
 def encode_gone(gone: StreamGone) -> bytes:
