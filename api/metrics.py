@@ -75,11 +75,12 @@ def _everywhere(load: Load) -> Iterator[_Fact]:
 class _Endings(Collector):
     """A counter that Redis keeps; prometheus-client's own count in the process."""
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
+    def __init__(self, counts: Mapping[tuple[str, str], int]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=["kind"])
-        for kind, count in self._counts.items():
-            ended.add_metric([kind], count)
+        labels = ["kind", "code"]
+        ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=labels)
+        for names, count in self._counts.items():
+            ended.add_metric(names, count)
         yield ended

@@ -11,7 +11,7 @@
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
-| relay:ended | hash | kind of terminal event -> how many streams have ended by it |
+| relay:ended | hash | kind of terminal event, of `failed` with its code -> how many ended so |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
 | relay:wake | list | a token per job since the queue was empty: it wakes a worker at once |

@@ -26,7 +26,6 @@ GONE = "This stream was erased, has expired or was lost: begin a new one."
 BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 """With which every log begins."""
 
-_ENDINGS = sorted(TERMINAL)
 _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
 VIEWERS_SECONDS = 60
@@ -104,8 +103,9 @@ class Load(NamedTuple):
     """Ended streams of which somebody is still to be told."""
     silent_seconds: float
     """As Log.silent_seconds."""
-    ended: dict[str, int]
-    """Kind of terminal event -> how many streams have ended by it, since Redis began to count."""
+    ended: dict[tuple[str, str], int]
+    """Kind of terminal event and, of `failed`, its code -> how many streams have ended by it, since
+    Redis began to count."""
 
 
 class Log:
@@ -267,10 +267,13 @@ class Log:
             pipe.zcard(keys.LEASES)
             pipe.zcard(keys.WEBHOOKS)
             pipe.get(keys.SWEPT)
-            pipe.hmget(keys.ENDED, [*_ENDINGS])
+            pipe.hgetall(keys.ENDED)
             time, queued, first, running, webhooks, swept, counts = await pipe.execute()
         waited = _seconds_since(first[0][1], time) if first else 0.0
-        ended = {kind: int(count or 0) for kind, count in zip(_ENDINGS, counts, strict=True)}
+        ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
+        for name, count in counts.items():
+            kind, _, code = name.decode().partition(" ")
+            ended[kind, code] = int(count)
         return Load(queued, waited, running, webhooks, _seconds_since(swept, time), ended)
 
     async def silent_seconds(self) -> float:

@@ -35,11 +35,18 @@ async def told(api: httpx2.AsyncClient) -> dict[str, float]:
     return {sample.name: sample.value for sample in samples}
 
 
-async def ends(api: httpx2.AsyncClient) -> dict[str, float]:
-    """Kind of terminal event -> how many streams ended by it."""
+async def ends(api: httpx2.AsyncClient) -> dict[tuple[str, str], float]:
+    """Kind of terminal event and code -> how many streams ended so, without those of which none."""
     [family] = [family for family in await families(api) if family.name == "relay_ended"]
     assert family.type == "counter"
-    return {sample.labels["kind"]: sample.value for sample in family.samples}
+    assert {("completed", ""), ("failed", ""), ("cancelled", "")} <= {
+        (sample.labels["kind"], sample.labels["code"]) for sample in family.samples
+    }
+    return {
+        (sample.labels["kind"], sample.labels["code"]): sample.value
+        for sample in family.samples
+        if sample.value
+    }
 
 
 async def test_what_waits_and_what_runs_is_told_by_every_process(
@@ -68,19 +75,29 @@ async def test_an_empty_queue_has_no_oldest(settings: Settings) -> None:
     assert (seen["relay_redis_up"], seen["relay_draining"]) == (1, 0)
 
 
-async def test_the_ends_of_all_streams_are_counted_whoever_writes_them(
+async def test_the_ends_of_all_streams_are_counted_by_their_codes_whoever_writes_them(
     settings: Settings, redis: Redis
 ) -> None:
     async with running_api(settings) as api, running_worker(settings) as worker:
-        assert await ends(api) == {"completed": 0, "failed": 0, "cancelled": 0}
-        scripts: list[dict[str, Any]] = [{"chunks": 1}, {"chunks": 1}, {"status": 400}]
+        assert await ends(api) == {}
+        scripts: list[dict[str, Any]] = [
+            {"chunks": 1},
+            {"chunks": 1},
+            {"status": 400},
+            {"status": 401},
+        ]
         for script in scripts:
             await watch(api, await ask(api, **script))
         worker.allow_pick_jobs = False
         waiting = await ask(api)
         for _ in range(2):
             await api.post(f"/streams/{waiting}/cancel")
-        assert await ends(api) == {"completed": 2, "failed": 1, "cancelled": 1}
+        assert await ends(api) == {
+            ("completed", ""): 2,
+            ("failed", "upstream_refused"): 1,
+            ("failed", "upstream_denied"): 1,
+            ("cancelled", ""): 1,
+        }
 
 
 async def test_an_answer_that_was_tried_too_often_counts_as_failed(
@@ -95,7 +112,7 @@ async def test_an_answer_that_was_tried_too_often_counts_as_failed(
             return bool(await claims.sweep())
 
         await until(swept)
-        assert (await ends(api))["failed"] == 1
+        assert await ends(api) == {("failed", "interrupted"): 1}
 
 
 async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(

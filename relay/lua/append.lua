@@ -32,7 +32,7 @@ local function append_for(at)
   if entries[1] == 'started' then redis.call('HSET', state, 'started_ms', now_ms()) end
   if ending ~= '' then
     local job = string.format(job_of, id)
-    close(id, state, leases, job, webhooks, ended, ending)
+    close(id, state, leases, job, webhooks, ended, ending, entries[#entries])
     keep(id, retention_ms, log, state)
   end
   return { 'ok', first + count, cancel }
