@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from api.counters import GIVEN_UP
 from api.hub import Hub
 from api.line import Line
 from api.settle import settle
@@ -106,6 +107,7 @@ class LongResponse(Response):
             # An ASGI server closes the connection when the application returns before the end.
             pass
         except TimeoutError:
+            GIVEN_UP.inc()
             if line is not None:
                 # Otherwise the server would wait until the peer has taken the rest.
                 line.abort()

@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
+from api.counters import GIVEN_UP, REFUSED
 from api.parts import Parts, PartsOfApp
 from relay.log import Load
 
@@ -41,6 +42,8 @@ async def metrics(parts: PartsOfApp) -> Response:
     """Without Redis, what only it knows is left out."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    registry.register(REFUSED)
+    registry.register(GIVEN_UP)
     facts = [*_here(parts)]
     if (load := await _load(parts)) is not None:
         facts += _everywhere(load)

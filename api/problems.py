@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api.counters import REFUSED
 from relay.connection import reason
 from relay.errors import (
     BadRequest,
@@ -66,6 +67,9 @@ TITLES = {
     "stream_unknown": "There is no such stream",
 }
 
+for _code in ("queue_full", "redis_away", "draining", "internal"):
+    REFUSED.labels(_code)  # Alerts are on these: a rate would not know of a first one without a 0.
+
 
 Refusal = Callable[[int, str, str], Response]
 """Of status, code and one sentence."""
@@ -113,25 +117,42 @@ def _status_of(error: RelayError) -> int:
 
 def answer_to(error: Exception, shape: Shape) -> Response:
     """Whatever has gone wrong, as an API says it."""
+    code = _code_of(error)
+    REFUSED.labels(code).inc()
     match error:
         case RelayError():
             if isinstance(error, QueueFull):
-                logger.warning("queue_full")
-            return shape.refuse(_status_of(error), error.code, error.message)
+                logger.warning(code)
+            return shape.refuse(_status_of(error), code, error.message)
         case RedisError():
-            logger.warning("redis_away", error=reason(error))
-            return shape.refuse(503, "redis_away", REDIS_AWAY_DETAIL)
+            logger.warning(code, error=reason(error))
+            return shape.refuse(503, code, REDIS_AWAY_DETAIL)
         case RequestValidationError():
             return shape.refuse_invalid(error)
         case HTTPException():
-            code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
+            _, detail = _HTTP.get(error.status_code, (code, None))
             response = shape.refuse(error.status_code, code, detail or str(error.detail))
             response.headers.update(error.headers or {})
             return response
         case _:
             logger.error("internal_error", exc_info=error)
             detail = "This is a fault of the server; its log says more."
-            return shape.refuse(500, "internal", detail)
+            return shape.refuse(500, code, detail)
+
+
+def _code_of(error: Exception) -> str:
+    """That of a request which is invalid each API has in a finer form of its own."""
+    match error:
+        case RelayError():
+            return error.code
+        case RedisError():
+            return "redis_away"
+        case RequestValidationError():
+            return "invalid_request"
+        case HTTPException():
+            code, _ = _HTTP.get(error.status_code, ("invalid_request", None))
+            return code
+    return "internal"
 
 
 class Fault(NamedTuple):

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from api.counters import GIVEN_UP
 from api.line import EXTENSION, Line
 from api.parts import Parts
 from api.problems import RETRY_SECONDS
@@ -88,11 +89,13 @@ class Bounded(HttpToolsProtocol):
         self._expect_nothing()
         super().connection_lost(exc)
         # uvicorn tells the newest one alone, and an older one is the one that is being answered.
-        for cycle in self._cycles:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-                _line(cycle).lose()
+        open_cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        for cycle in open_cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            _line(cycle).lose()
+        if open_cycles and isinstance(exc, TimeoutError):
+            GIVEN_UP.inc()  # The kernel has found it before we did.
 
     def data_received(self, data: bytes) -> None:
         if self._in_head and self._head_bytes > HEAD_BYTES:

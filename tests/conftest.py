@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from api.app import create_app
+from api.counters import GIVEN_UP
 from api.server import Server, create_server
 from cli.processes import end_with_parent
 from cli.redis_server import RedisServer, find_redis_server
@@ -173,6 +174,12 @@ def stack_settings(redis_url: str, emulator_url: str, **changes: Any) -> Setting
 def settings(redis: Redis, redis_server: RedisServer, emulator_url: str) -> Settings:
     """Those of a stack on the real Redis and the emulated upstream."""
     return stack_settings(redis_server.url, emulator_url)
+
+
+def given_up() -> float:
+    """How many viewers an operator is told of that took nothing for too long."""
+    [family] = GIVEN_UP.collect()
+    return family.samples[0].value
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:

@@ -1,6 +1,7 @@
 """What an operator watches, on real processes' parts and a real Redis."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from relay import keys
+from relay.ids import new_stream_id
 from relay.settings import Settings
 from tests.conftest import ask, changed, make_claims, running_api, running_worker, until, watch
 
@@ -126,6 +128,28 @@ async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(
         assert swept is not None
         await redis.set(keys.SWEPT, int(swept) - 60_000)
         assert (await told(api))["relay_worker_silent_seconds"] >= 60
+
+
+async def refused(api: httpx2.AsyncClient) -> Counter[str]:
+    """Code -> how many requests of this process."""
+    [family] = [family for family in await families(api) if family.name == "relay_refused"]
+    return Counter({sample.labels["code"]: int(sample.value) for sample in family.samples})
+
+
+async def test_requests_that_are_refused_are_counted_by_their_codes_on_every_api(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(changed(settings, queue_limit=1)) as api:
+        before = await refused(api)
+        assert {"queue_full", "redis_away", "draining", "internal"} <= before.keys()
+        await ask(api)
+        await api.post("/chat", json={"messages": [{"role": "user", "content": "?"}]})
+        await api.post("/v1/chat/completions", json={"model": "?"})
+        await api.get(f"/streams/{new_stream_id()}")
+        await api.get("/nowhere")
+        assert await refused(api) - before == Counter(
+            queue_full=1, invalid_request=1, stream_gone=1, not_found=1
+        )
 
 
 async def test_the_viewers_are_those_of_the_process_that_is_asked(settings: Settings) -> None:

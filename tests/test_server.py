@@ -22,7 +22,7 @@ from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay import keys
 from relay.settings import MIB, Settings
-from tests.conftest import FEW, asking, changed, few_descriptors, running_worker, until
+from tests.conftest import FEW, asking, changed, few_descriptors, given_up, running_worker, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' sockets")
 
@@ -359,21 +359,26 @@ async def stuck_at(port: int, request: bytes) -> socket.socket:
     return stuck
 
 
+@pytest.mark.parametrize("found_by", ["us", pytest.param("the kernel", marks=LINUX)])
 async def test_one_of_a_hundred_viewers_never_reads_and_is_gone_while_the_others_get_everything(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, found_by: str
 ) -> None:
-    # The kernel shall not find it first: the viewer itself has to.
     def bound(peer: socket.socket, write_seconds: float) -> None:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        if found_by == "the kernel":
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
 
     monkeypatch.setattr(api.server, "_bound", bound)
-    patient = changed(settings, write_seconds=1.0, body_bytes=64 * MIB)
+    write_seconds = 1.0 if found_by == "us" else 60.0
+    patient = changed(settings, write_seconds=write_seconds, body_bytes=64 * MIB)
+    before = given_up()
     async with serving(patient) as served, running_worker(patient):
         stream_id = await ask(served.port, text=["x" * 20_000] * 100, delay_ms=5)
         with await stuck_at(served.port, events(stream_id)):
             request = events(stream_id, "connection: close")
             others = await asyncio.gather(*(exchange(served.port, request) for _ in range(99)))
             await served.gone()
+    assert given_up() == before + 1
     assert {len(text_of(body)) for body in others} == {2_000_000}
     assert all(body.endswith(b"0\r\n\r\n") for body in others)
 

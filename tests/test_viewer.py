@@ -31,7 +31,7 @@ from relay.events import (
 )
 from tests import asgi
 from tests.asgi import viewing
-from tests.conftest import make_log, until
+from tests.conftest import given_up, make_log, until
 
 
 @pytest.fixture(params=["any server", "our server"], autouse=True)
@@ -179,6 +179,7 @@ async def test_while_chunks_come_there_is_no_heartbeat(hub: Hub) -> None:
 async def test_a_viewer_that_takes_nothing_is_broken_off(hub: Hub) -> None:
     log = Log()
     taking = viewer(hub, log, write_seconds=0.05)
+    before = given_up()
     async with viewing(taking) as taker:
         await taker.has(b"queued")
         taker.reading.clear()
@@ -186,6 +187,7 @@ async def test_a_viewer_that_takes_nothing_is_broken_off(hub: Hub) -> None:
         async with asyncio.timeout(5):
             await asyncio.wait(_others())
         assert not taker.ended
+    assert given_up() == before + 1
 
 
 def _others() -> set[asyncio.Task[None]]:
