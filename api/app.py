@@ -30,6 +30,7 @@ from api.presence import Presence
 from api.routes import router
 from api.shortcut import Shortcut
 from relay.connection import connect
+from relay.descriptors import warn_when_scarce
 from relay.log import Log
 from relay.logs import get_logger
 from relay.settings import Settings
@@ -81,7 +82,8 @@ async def _running(
     presence = Presence(hub, log, process=secrets.token_hex(8))
     app.state.redis = redis
     app.state.parts = Parts(settings, log, hub, presence, webhooks, model)
-    running = [asyncio.create_task(part.run()) for part in (hub, presence)]
+    parts = (hub.run(), presence.run(), warn_when_scarce())
+    running = [asyncio.create_task(part) for part in parts]
     for task in running:
         task.add_done_callback(_end_with_part)
     logger.info("api_ready", version=VERSION)

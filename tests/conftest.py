@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -264,6 +265,19 @@ FEW = 64
 def few_descriptors(argv: Sequence[str]) -> list[str]:
     """The same process with a soft limit that is FEW, and the hard one as it is."""
     return ["sh", "-c", f'ulimit -S -n {FEW} && exec "$@"', "sh", *argv]
+
+
+async def warning_of_few_descriptors(process: Process) -> bytes:
+    """The first one, when it has hardly more than it has taken already; and the limit stands in
+    it."""
+    taken = len(os.listdir(f"/proc/{process.pid}/fd"))
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (taken + 1, taken + 1))
+    assert process.stderr is not None
+    async with asyncio.timeout(10):
+        while b"descriptors_low" not in (line := await process.stderr.readline()):
+            assert line
+    assert f"most={taken + 1}\n".encode() in line
+    return line
 
 
 @asynccontextmanager

@@ -22,7 +22,16 @@ from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay import keys
 from relay.settings import MIB, Settings
-from tests.conftest import FEW, asking, changed, few_descriptors, given_up, running_worker, until
+from tests.conftest import (
+    FEW,
+    asking,
+    changed,
+    few_descriptors,
+    given_up,
+    running_worker,
+    until,
+    warning_of_few_descriptors,
+)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' sockets")
 
@@ -830,6 +839,14 @@ async def test_a_process_that_may_have_few_descriptors_by_default_serves_more_vi
             reader, writer = await stack.enter_async_context(connected(port))
             writer.write(request)
             await reader.readuntil(b"queued")
+
+
+@LINUX
+async def test_that_descriptors_run_out_is_told_before_nobody_is_let_in_any_more(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with api_process(redis_server) as (process, _):
+        assert b"level=warning" in await warning_of_few_descriptors(process)
 
 
 async def answers(port: int, beginning: bytes) -> bool:

@@ -14,7 +14,13 @@ from emulator.app import Emulator
 from relay import keys
 from relay.log import Log
 from relay.settings import Settings
-from tests.conftest import asking, few_descriptors, worker_env, worker_process
+from tests.conftest import (
+    asking,
+    few_descriptors,
+    warning_of_few_descriptors,
+    worker_env,
+    worker_process,
+)
 
 
 @pytest.fixture
@@ -190,3 +196,12 @@ async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
         await ready(process)
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         assert soft == hard
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a call of Linux")
+async def test_a_worker_tells_that_its_descriptors_run_out(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    async with worker_process(env, tmp_path) as process:
+        await ready(process)
+        assert b"level=warning" in await warning_of_few_descriptors(process)

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 from relay import keys
 from relay.claim import Claim, Claims, emptied
 from relay.connection import connect, reason
+from relay.descriptors import warn_when_scarce
 from relay.listener import Listener
 from relay.logs import get_logger
 from relay.settings import Settings
@@ -113,6 +114,7 @@ class ClaimingWorker(Worker):
             group.create_task(self._every(sweep_seconds, self._sweep))
             group.create_task(self._every(HEALTH_SECONDS, self._report_health))
             group.create_task(self._warn_of_eviction())
+            group.create_task(warn_when_scarce())
             self._delivering = group.create_task(self._deliveries.run())
 
     def handle_sig_wait_for_completion(self, signum: Signals) -> None:
