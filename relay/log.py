@@ -28,6 +28,8 @@ BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 
 _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
+_REPORTS = 500
+"""Streams whose viewers are reported in one call, for the same reason."""
 VIEWERS_SECONDS = 60
 """How long a report of viewers counts; a process that died stops counting after that."""
 
@@ -128,6 +130,7 @@ class Log:
         self._append = script(redis, "append")
         self._cancel = script(redis, "cancel")
         self._erase = script(redis, "erase")
+        self._viewers = script(redis, "viewers")
 
     @classmethod
     def configured(cls, redis: Redis, settings: Settings) -> Self:
@@ -336,16 +339,13 @@ class Log:
 
     async def report_viewers(self, process: str, counts: dict[str, int]) -> None:
         """Note how many viewers this process has on each stream now; 0 withdraws the note."""
-        seconds, _ = await self._redis.time()  # Redis' clock: those of two hosts may differ.
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for stream_id, count in counts.items():
-                key = keys.viewers(stream_id)
-                if count:
-                    pipe.hset(key, process, json.dumps([count, seconds]))
-                    pipe.expire(key, VIEWERS_SECONDS)
-                else:
-                    pipe.hdel(key, process)
-            await pipe.execute()
+        streams = list(counts)
+        for first in range(0, len(streams), _REPORTS):
+            piece = streams[first : first + _REPORTS]
+            await self._viewers(
+                keys=[keys.viewers(stream_id) for stream_id in piece],
+                args=[process, VIEWERS_SECONDS, *(counts[stream_id] for stream_id in piece)],
+            )
 
 
 def _created(stream_id: str, answer: list[Any]) -> Created:

@@ -1,13 +1,15 @@
 """The log, on a real Redis and on an emulated one: both must keep every promise."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakeredis import FakeAsyncRedis
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from cli.redis_server import RedisServer
 from relay import keys
@@ -29,6 +31,7 @@ from relay.events import (
 from relay.ids import is_stream_id, new_stream_id
 from relay.log import VIEWERS_SECONDS, Appended, Created, Log
 from tests.conftest import append, make_claims, make_log, reported_before
+from tests.listening import listening
 
 SECRET = "a prompt that nobody else may see"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}]}
@@ -604,6 +607,44 @@ async def test_an_erase_in_the_midst_of_a_read_is_no_empty_log(redis: Redis, log
 
 
 # Viewers.
+
+
+async def test_a_report_that_is_cut_anywhere_leaves_nothing_that_stays(
+    redis_server: RedisServer,
+) -> None:
+    """As an API does that is killed while Redis is slow to read."""
+    left = 0
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal left
+        from_redis, to_redis = await asyncio.open_unix_connection(redis_server.socket)
+
+        async def back() -> None:
+            while said := await from_redis.read(65536):
+                writer.write(said)
+            writer.close()
+
+        backwards = asyncio.create_task(back())
+        while left > 0 and (said := await reader.read(1)):
+            left -= len(said)
+            to_redis.write(said)
+        to_redis.close()
+        await backwards
+
+    async with connect(redis_server.url) as redis:
+        await redis.flushall()
+        await make_log(redis).report_viewers("api", {new_stream_id(): 1})
+    async with listening(pass_on) as port:
+        for length in range(150, 700, 10):
+            left = length
+            async with connect(f"redis://127.0.0.1:{port}") as cut:
+                log = make_log(cut)
+                with suppress(RedisError):
+                    await log.report_viewers("api", {new_stream_id(): 1 for _ in range(3)})
+    async with connect(redis_server.url) as redis:
+        notes = [key async for key in redis.scan_iter(keys.viewers("*"))]
+        assert len(notes) > 1
+        assert [key for key in notes if await redis.ttl(key) < 0] == []
 
 
 async def test_each_process_reports_its_viewers(redis: Redis, log: Log) -> None:
