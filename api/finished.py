@@ -36,6 +36,15 @@ class Finished:
         self._kept.move_to_end(stream_id)
         return feed
 
+    def drop_expired(self) -> None:
+        """From the least recently used on, so that it costs no more than it drops: what was used
+        since may hide others behind it, for one more retention at most."""
+        while self._kept:
+            stream_id, (_, until) = next(iter(self._kept.items()))
+            if time.monotonic() <= until:
+                return
+            self.drop(stream_id)
+
     def drop(self, stream_id: str) -> None:
         feed, _ = self._kept.pop(stream_id, (None, 0))
         if feed is not None:

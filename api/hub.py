@@ -221,6 +221,8 @@ class Hub:
     async def _patrol(self) -> None:
         while True:
             await asyncio.sleep(PATROL_SECONDS)
+            # Nobody asks for most of them again: by that alone they would stay.
+            self._finished.drop_expired()
             for feed in list(self._feeds.values()):
                 if self.redis_away:
                     break  # Each would say so in the log; all are read when it is back.

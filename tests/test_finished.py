@@ -42,6 +42,18 @@ def test_nothing_outlives_its_retention() -> None:
     assert kept(finished) == []
 
 
+def test_nor_does_what_nobody_asks_for_again() -> None:
+    finished = Finished(10**6)
+    finished.keep(ended("a"), -1)
+    finished.keep(ended("b"), 60)
+    finished.keep(ended("c"), -1)
+    finished.drop_expired()
+    assert kept(finished) == ["b", "c"]
+    finished.drop("b")
+    finished.drop_expired()
+    assert kept(finished) == []
+
+
 def test_keeping_again_counts_once() -> None:
     finished = Finished(2 * ended("x").bytes)
     for _ in range(5):

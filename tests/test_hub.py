@@ -383,6 +383,23 @@ async def test_a_lost_last_publication_is_found_by_the_patrol(
         await taker.has(b"completed", seconds=2 * hub_module.PATROL_SECONDS)
 
 
+async def test_an_answer_that_has_expired_does_not_stay_in_memory_until_somebody_asks_for_it(
+    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0.05)
+    await writer.begin()
+    await writer.finish()
+    await redis.pexpire(keys.log(writer.stream_id), 300)
+    async with running_hub(redis) as hub:
+        async with entered(hub, writer.stream_id):
+            assert hub._finished._kept
+
+        async def is_gone() -> bool:
+            return not hub._finished._kept
+
+        await until(is_gone)
+
+
 async def test_the_patrol_asks_a_redis_that_is_away_for_nothing(
     writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
