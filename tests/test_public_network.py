@@ -2,8 +2,10 @@
 addresses of this machine play both."""
 
 import asyncio
+import gc
 import socket
 import threading
+import weakref
 
 import httpcore2
 import pytest
@@ -139,3 +141,21 @@ async def test_names_that_are_not_answered_hold_up_neither_others_nor_the_loop(
     for task in stalled:
         with pytest.raises(NotPublic):
             await task
+
+
+async def test_a_failure_leaves_nothing_to_the_garbage_collector() -> None:
+    """With its frames it would hold the whole delivery, and the collector hardly ever looks."""
+    network = PublicNetwork(private=True, lookups=1)
+    left: weakref.ref[Exception] | None = None
+    gc.disable()
+    try:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # And does not listen.
+            try:
+                await network.connect_tcp(*nobody.getsockname())
+            except httpcore2.ConnectError as error:
+                left = weakref.ref(error)
+        assert left is not None
+        assert left() is None
+    finally:
+        gc.enable()

@@ -53,7 +53,10 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
                 )
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # With this frame it would be in a cycle.
 
     async def _addresses(self, host: str, port: int) -> list[str]:
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
