@@ -19,7 +19,7 @@ from relay.connection import reason
 from relay.errors import StreamGone
 from relay.events import decode_batch
 from relay.listener import Listener
-from relay.log import BIRTH, GONE, Log
+from relay.log import ALIVE_SECONDS, BIRTH, GONE, Log
 from relay.logs import get_logger
 
 logger = get_logger("hub")
@@ -31,8 +31,6 @@ REASON_SECONDS = 1.0
 """How often it is asked whether there is a reason for which nothing may come."""
 NOTICE_SECONDS = 5.0
 """How often viewers are told that it still is so."""
-SILENT_SECONDS = 3.0
-"""Without a sign of life for so long there is no worker: a restart takes less."""
 NO_WORKER = b"no worker is running, the answer comes when one does"
 REDIS_AWAY = b"Redis is away or takes nothing in, the answer goes on when it is back"
 
@@ -251,7 +249,7 @@ class Hub:
         if not self._feeds:
             return b""
         try:
-            silent = await self._log.silent_seconds() > SILENT_SECONDS
+            silent = await self._log.silent_seconds() > ALIVE_SECONDS
         except RedisError:
             return REDIS_AWAY
         return NO_WORKER if silent else b""

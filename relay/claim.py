@@ -58,6 +58,8 @@ class Released(NamedTuple):
     stream_id: str
     ended: str
     """The kind of its terminal event; empty if its job is in the queue again."""
+    owner: str
+    """As Claim.owner, of whoever had it."""
 
 
 class Claims:
@@ -78,7 +80,7 @@ class Claims:
         """`max_attempts`: so many may fail, then the stream ends; a hand-over is no failure.
         `open_ms`: as Log has it."""
         self._redis = redis
-        self._worker = worker
+        self.worker = worker
         self._lease_ms = lease_ms
         self._open_ms = open_ms
         self._retention_ms = retention_ms
@@ -110,7 +112,7 @@ class Claims:
         not hear of it goes back before, at no cost of a try."""
         await self.give_back_unheard()
         self._calls += 1
-        owner = f"{self._worker}/{self._calls}"
+        owner = f"{self.worker}/{self._calls}"
         try:
             rows = await self._claim(
                 keys=[keys.QUEUE, keys.LEASES, keys.WAKE],
@@ -156,7 +158,7 @@ class Claims:
         return await self._let_go(claim.owner, claim.stream_id)
 
     async def sweep(self) -> list[Released]:
-        """Let go of every claim whose lease has lapsed.
+        """Let go of every claim whose lease has lapsed; also this worker's sign of life.
 
         The job goes back into the queue; the stream ends as cancelled, if that was asked for, or as
         interrupted, if it was tried often enough or asked not to be begun anew.
@@ -182,7 +184,15 @@ class Claims:
 
     async def _let_go(self, *of: str) -> list[Released]:
         rows = await self._release(
-            keys=[keys.QUEUE, keys.LEASES, keys.WAKE, keys.SWEPT, keys.WEBHOOKS, keys.ENDED],
+            keys=[
+                keys.QUEUE,
+                keys.LEASES,
+                keys.WAKE,
+                keys.SWEPT,
+                keys.WEBHOOKS,
+                keys.ENDED,
+                keys.WORKERS,
+            ],
             args=[
                 *keys.OF_STREAM,
                 self._queue_limit,
@@ -190,10 +200,11 @@ class Claims:
                 self._lease_ms,
                 self._max_attempts,
                 to_json(INTERRUPTED),
+                self.worker,
                 *of,
             ],
         )
-        return [Released(stream_id.decode(), kind.decode()) for stream_id, kind in rows]
+        return [Released(*(part.decode() for part in row)) for row in rows]
 
 
 def emptied(claims: Sequence[Claim], want: int) -> bool:

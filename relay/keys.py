@@ -13,6 +13,7 @@
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
 | relay:ended | hash | kind of terminal event, of `failed` with its code -> how many ended so |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
+| relay:workers | sorted set | names of workers, by their last sign of life (ms), for a minute |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
 | relay:wake | list | a token per job since the queue was empty: it wakes a worker at once |
 | relay:health:{host} | string | arq's health report of a worker there, for half a minute |
@@ -44,6 +45,7 @@ LEASES = "relay:leases"
 WEBHOOKS = "relay:webhooks"
 ENDED = "relay:ended"
 SWEPT = "relay:swept"
+WORKERS = "relay:workers"
 PROBE = "relay:probe"
 WAKE = "relay:wake"
 CONTROL = "relay:control"

@@ -30,6 +30,8 @@ _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
 _REPORTS = 500
 """Streams whose viewers are reported in one call, for the same reason."""
+ALIVE_SECONDS = 3.0
+"""After so long without a sign of life a worker counts for gone: a restart takes less."""
 VIEWERS_SECONDS = 60
 """How long a report of viewers counts; a process that died stops counting after that."""
 
@@ -105,6 +107,8 @@ class Load(NamedTuple):
     """Ended streams of which somebody is still to be told."""
     silent_seconds: float
     """As Log.silent_seconds."""
+    workers: int
+    """How many have given a sign of life in the last ALIVE_SECONDS."""
     ended: dict[tuple[str, str], int]
     """Kind of terminal event and, of `failed`, its code -> how many streams have ended by it, since
     Redis began to count."""
@@ -270,14 +274,17 @@ class Log:
             pipe.zcard(keys.LEASES)
             pipe.zcard(keys.WEBHOOKS)
             pipe.get(keys.SWEPT)
+            pipe.zrange(keys.WORKERS, 0, -1, withscores=True)
             pipe.hgetall(keys.ENDED)
-            time, queued, first, running, webhooks, swept, counts = await pipe.execute()
+            time, queued, first, running, webhooks, swept, signs, counts = await pipe.execute()
         waited = _seconds_since(first[0][1], time) if first else 0.0
         ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
         for name, count in counts.items():
             kind, _, code = name.decode().partition(" ")
             ended[kind, code] = int(count)
-        return Load(queued, waited, running, webhooks, _seconds_since(swept, time), ended)
+        silent = _seconds_since(swept, time)
+        workers = sum(_seconds_since(sign, time) < ALIVE_SECONDS for _, sign in signs)
+        return Load(queued, waited, running, webhooks, silent, workers, ended)
 
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if

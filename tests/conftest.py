@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from emulator.app import Emulator
 from emulator.script import prompt
 from emulator.serve import serve
 from relay import keys
-from relay.claim import Claim, Claims
+from relay.claim import Claim, Claims, Released
 from relay.connection import connect
 from relay.events import Entry
 from relay.log import Appended, Batch, Log
@@ -122,6 +122,11 @@ def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
         "max_attempts": 3,
     }
     return Claims(redis, worker, **(limits | changes))
+
+
+def ends(released: Iterable[Released]) -> list[tuple[str, str]]:
+    """Streams that were let go of, and the kind of their terminal events."""
+    return [(each.stream_id, each.ended) for each in released]
 
 
 def flat(entries: Sequence[Entry]) -> list[str | bytes]:

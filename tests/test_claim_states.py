@@ -218,7 +218,8 @@ class Streams(RuleBasedStateMachine):
         assert bool(released) == (stream.holder is writer.claim)
         if released:
             stream.tries -= 1
-            assert released == [(writer.claim.stream_id, stream.let_go())]
+            claim = writer.claim
+            assert released == [(claim.stream_id, stream.let_go(), claim.owner)]
 
     @rule(stream_id=streams)
     def forget_the_claim(self, stream_id: str) -> None:
@@ -265,8 +266,9 @@ class Streams(RuleBasedStateMachine):
                     stream.until_ms = self.now_ms + LEASE_MS + 0.5
         self.swept_ms = self.now_ms
         lapsed = {id_: each for id_, each in held.items() if each.until_ms <= self.now_ms}
+        owners = {id_: each.holder.owner for id_, each in lapsed.items() if each.holder}
         swept = self.run(self.claims[worker].sweep())
-        assert dict(swept) == {id_: each.let_go() for id_, each in lapsed.items()}
+        assert set(swept) == {(id_, each.let_go(), owners[id_]) for id_, each in lapsed.items()}
 
     @rule(worker=st.sampled_from(WORKERS))
     def end_overdue(self, worker: str) -> None:

@@ -17,6 +17,7 @@ from cli.processes import free_port, spawn
 from cli.redis_server import RedisServer, find_redis_server
 from relay import connection, errors, listener, outbox
 from relay.connection import connect
+from relay.log import ALIVE_SECONDS
 from relay.settings import MIB, Settings, variables
 from tests.conftest import (
     ROOT,
@@ -62,7 +63,7 @@ PROMISED = [
     ("README.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
     ("README.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),
     ("README.md", "up to 10 min", deliveries.MOST_RETRY_SECONDS, 600),
-    ("README.md", "`relay_worker_silent_seconds` above 3 |", hub.SILENT_SECONDS, 3),
+    ("README.md", "`relay_worker_silent_seconds` above 3 |", ALIVE_SECONDS, 3),
     ("README.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
     ("README.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
     ("README.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),

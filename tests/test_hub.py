@@ -821,7 +821,7 @@ async def test_it_is_told_again_for_as_long_as_it_is_so(
 async def test_while_a_worker_gives_signs_of_life_nobody_is_told_anything(
     attentive_hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "SILENT_SECONDS", 60)
+    monkeypatch.setattr(hub_module, "ALIVE_SECONDS", 60)
     await make_claims(redis).sweep()
     asked = counting(monkeypatch, "silent_seconds")
 

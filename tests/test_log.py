@@ -30,7 +30,7 @@ from relay.events import (
 )
 from relay.ids import is_stream_id, new_stream_id
 from relay.log import VIEWERS_SECONDS, Appended, Created, Log
-from tests.conftest import append, make_claims, make_log, reported_before
+from tests.conftest import append, ends, make_claims, make_log, reported_before
 from tests.listening import listening
 
 SECRET = "a prompt that nobody else may see"
@@ -65,7 +65,7 @@ async def claim_one(redis: Redis, worker: str = "w") -> Claim:
 async def lapse(redis: Redis, claim: Claim) -> None:
     """As if the worker had not renewed for longer than its lease."""
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
-    assert await make_claims(redis).sweep() == [(claim.stream_id, "")]
+    assert ends(await make_claims(redis).sweep()) == [(claim.stream_id, "")]
 
 
 async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
@@ -514,7 +514,7 @@ async def test_a_cancel_outlives_the_worker_that_heard_it(redis: Redis, log: Log
     claim = await claimed(redis)
     await log.cancel(claim.stream_id)
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
-    assert await make_claims(redis).sweep() == [(claim.stream_id, CANCELLED)]
+    assert ends(await make_claims(redis).sweep()) == [(claim.stream_id, CANCELLED)]
     assert (await log.read(claim.stream_id))[-1].kind == CANCELLED
 
 
@@ -532,7 +532,7 @@ async def test_to_cancel_again_changes_nothing(redis: Redis, log: Log) -> None:
 # Erase, and what is gone.
 
 
-OF_NO_STREAM = {keys.WAKE, keys.SWEPT, keys.ENDED}
+OF_NO_STREAM = {keys.WAKE, keys.SWEPT, keys.WORKERS, keys.ENDED}
 
 
 @pytest.mark.parametrize("age", ["queued", "running", "ended"])

@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from relay import keys
 from relay.ids import new_stream_id
+from relay.log import ALIVE_SECONDS
 from relay.settings import Settings
 from tests.conftest import ask, changed, make_claims, running_api, running_worker, until, watch
 
@@ -22,6 +23,7 @@ SHARED = {
     "relay_running",
     "relay_webhooks",
     "relay_worker_silent_seconds",
+    "relay_workers",
     "relay_ended_total",
 }
 
@@ -128,6 +130,20 @@ async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(
         assert swept is not None
         await redis.set(keys.SWEPT, int(swept) - 60_000)
         assert (await told(api))["relay_worker_silent_seconds"] >= 60
+
+
+async def test_workers_are_counted_until_they_fall_silent(settings: Settings, redis: Redis) -> None:
+    async with running_api(settings) as api:
+        assert (await told(api))["relay_workers"] == 0
+        for name in ("one", "two", "two", "three"):
+            await make_claims(redis, name).sweep()
+        assert (await told(api))["relay_workers"] == 3
+        for name, seconds in {"one": ALIVE_SECONDS, "two": 61}.items():
+            sign = await redis.zscore(keys.WORKERS, name) or 0
+            await redis.zadd(keys.WORKERS, {name: sign - 1000 * seconds})
+        assert (await told(api))["relay_workers"] == 1
+        await make_claims(redis, "three").sweep()
+        assert await redis.zrange(keys.WORKERS, 0, -1) == [b"one", b"three"]
 
 
 async def refused(api: httpx2.AsyncClient) -> Counter[str]:

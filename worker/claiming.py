@@ -105,7 +105,7 @@ class ClaimingWorker(Worker):
         self._listener = Listener(redis, keys.CONTROL, on_message=self._obey)
 
     async def main(self) -> None:
-        logger.info("worker_ready", concurrency=self.max_jobs)
+        logger.info("worker_ready", worker=self._claims.worker, concurrency=self.max_jobs)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listener.run())
             self._intake = group.create_task(self._take_jobs())
@@ -216,7 +216,7 @@ class ClaimingWorker(Worker):
 
     async def _hand_over(self, claim: Claim) -> None:
         try:
-            for stream_id, ended in await self._claims.hand_over(claim):
+            for stream_id, ended, _ in await self._claims.hand_over(claim):
                 told = {"stream": stream_id, "attempt": claim.attempt, "ended": ended or None}
                 logger.info("handed_over", **told)
         except RedisError as error:
@@ -248,8 +248,8 @@ class ClaimingWorker(Worker):
                 logger.warning("redis_evicts", policy=policy)
 
     async def _sweep(self) -> None:
-        for stream_id, ended in await self._claims.sweep():
-            logger.warning("lease_lapsed", stream=stream_id, ended=ended or None)
+        for stream_id, ended, owner in await self._claims.sweep():
+            logger.warning("lease_lapsed", stream=stream_id, owner=owner, ended=ended or None)
             self._deliveries.wake()
         for stream_id in await self._claims.end_overdue():
             logger.warning("queue_timeout", stream=stream_id)

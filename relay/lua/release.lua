@@ -1,12 +1,13 @@
 -- Lets go of claims: of what an owner hands over, or of all whose lease has lapsed. Their jobs go back
 -- into the queue; what nobody will finish is ended here.
--- KEYS: queue, leases, wake, sweep mark, webhooks, ended
+-- KEYS: queue, leases, wake, sweep mark, webhooks, ended, workers
 -- ARGV: log, state, channel and job key pattern, wake limit, retention_ms, lease_ms, max tries,
---       data of `failed`, then nothing, or an owner and the id that it hands over, '' for all it has
--- Returns {id, kind} for each stream let go; kind is that of its terminal event, '' if it waits
-local queue, leases, wake, mark, webhooks, ended = unpack(KEYS)
+--       data of `failed`, worker that calls, then nothing, or an owner and the id that it hands over,
+--       '' for all it has
+-- Returns {id, kind, owner} for each stream let go; kind is that of its terminal event, '' if it waits
+local queue, leases, wake, mark, webhooks, ended, workers = unpack(KEYS)
 local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tries, interrupted,
-  owner, handed_id = unpack(ARGV)
+  worker, owner, handed_id = unpack(ARGV)
 local now = now_ms()
 
 -- The time in which nobody swept does not count: Redis was away, and nobody could renew either. (Or
@@ -29,7 +30,8 @@ end
 
 local function release(id)
   local state = string.format(state_of, id)
-  local s = redis.call('HMGET', state, 'created_ms', 'ended', 'cancel', 'recovery', 'next', 'tries')
+  local s = redis.call('HMGET', state, 'created_ms', 'ended', 'cancel', 'recovery', 'next', 'tries',
+    'owner')
   local created_ms, has_ended, cancel, recovery = unpack(s, 1, 4)
   redis.call('ZREM', leases, id)
   if not created_ms or has_ended then return nil end
@@ -45,11 +47,11 @@ local function release(id)
     kind, data = 'failed', interrupted
   else
     enqueue(queue, wake, id, created_ms, room)
-    return { id, '' }
+    return { id, '', s[7] or '' }
   end
   close_unowned(id, string.format(log_of, id), state, string.format(channel_of, id), leases,
     string.format(job_of, id), webhooks, ended, retention_ms, kind, data)
-  return { id, kind }
+  return { id, kind, s[7] or '' }
 end
 
 local function handed()
@@ -68,7 +70,16 @@ local function drop_expired()
   end
 end
 
+-- Each sweep is a sign of life.
+local function sign()
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', now - 60000)) do
+    redis.call('ZREM', workers, gone)
+  end
+  redis.call('ZADD', workers, now, worker)
+end
+
 if not owner then drop_expired() end
 local released = {}
 for _, id in ipairs(owner and handed() or sweepable()) do released[#released + 1] = release(id) end
+if not owner then sign() end
 return released
