@@ -120,7 +120,7 @@ async def up(settings: Settings, console: Console) -> int:
     Raises ConfigurationError before any child is started.
     """
     for name, nearest in misspelt().items():
-        report(f"{name} is no setting; is {nearest} meant?")
+        report(f"{name} is no setting" + (f"; is {nearest} meant?" if nearest else "."))
     # Configured by half, they raise here, before anything is started.
     _ = settings.upstream, settings.webhooks
     port = free_port(settings.host, settings.port)

@@ -1,10 +1,12 @@
 """Connections to Redis, and the Lua scripts that run in it."""
 
 import asyncio
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import (
@@ -26,6 +28,7 @@ REPLY_SECONDS = 2.0
 CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
 _REASON_LENGTH = 200
+_DATABASE = re.compile(r"/?|/[0-9]+", re.ASCII)
 
 
 def connect(url: str, *, connections: int = 50, reply_seconds: float = REPLY_SECONDS) -> Redis:
@@ -44,7 +47,11 @@ def reason(error: Exception) -> str:
 
 def check(url: str) -> None:
     """Raises ValueError for what is no URL of a Redis, and for options that redis-py cannot take:
-    it would say so with the first connection, in a process that runs."""
+    it would say so with the first connection, in a process that runs, and never that it takes a
+    path which is no number for database 0."""
+    place = urlsplit(url)
+    if place.scheme != "unix" and not _DATABASE.fullmatch(place.path):
+        raise ValueError("the path is no number of a database")
     try:
         pool = _pool(url, 1, REPLY_SECONDS)
         pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py tells no types of it

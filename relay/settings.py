@@ -31,7 +31,7 @@ MIB = 1024 * 1024
 MOST = 10**9
 """Redis counts in 64 bits, milliseconds since 1970 too, and would refuse later what is beyond."""
 
-PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_")
+PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_", "REDIS")
 OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
 """Names of ours that are no settings: the command line and compose have them."""
 CLOSE = 0.85
@@ -102,7 +102,8 @@ class Settings(BaseSettings):
     stall_seconds: Seconds = Field(60.0, validation_alias="RELAY_STALL_SECONDS")
     answer_seconds: Seconds = Field(600.0, validation_alias="RELAY_ANSWER_SECONDS")
 
-    heartbeat_seconds: Seconds = Field(15.0, validation_alias="RELAY_HEARTBEAT_SECONDS")
+    # Our clients take a connection that is silent for 45 s for dead.
+    heartbeat_seconds: Seconds = Field(15.0, lt=45, validation_alias="RELAY_HEARTBEAT_SECONDS")
     write_seconds: Seconds = Field(30.0, validation_alias="RELAY_WRITE_SECONDS")
     drain_seconds: float = Field(
         3.0, ge=0, allow_inf_nan=False, validation_alias="RELAY_DRAIN_SECONDS"
@@ -294,14 +295,22 @@ def variables() -> Iterator[str]:
         yield from getattr(alias, "choices", [alias])
 
 
-def misspelt() -> dict[str, str]:
-    """What is set in the environment or in `.env`, is no setting and looks like one -> that one."""
+def misspelt() -> dict[str, str | None]:
+    """What is set, has a name like ours and is no setting -> the one that it looks like. In the
+    environment it may be somebody else's, and has to look like one; in `.env` it was meant for us.
+    """
     known = set(variables())
-    sources = DotEnvSettingsSource(Settings).env_vars, os.environ
-    values = {name.upper(): value for source in sources for name, value in source.items()}
+    written = {
+        name.upper(): value for name, value in DotEnvSettingsSource(Settings).env_vars.items()
+    }
+    values = written | {name.upper(): value for name, value in os.environ.items()}
     unknown = {name for name, value in values.items() if value and name.startswith(PREFIXES)}
-    nearest = {name: get_close_matches(name, known, 1, CLOSE) for name in unknown - known - OTHERS}
-    return {name: found[0] for name, found in sorted(nearest.items()) if found}
+    told: dict[str, str | None] = {}
+    for name in sorted(unknown - known - OTHERS):
+        nearest = get_close_matches(name, known, 1, CLOSE)
+        if nearest or name in written:
+            told[name] = nearest[0] if nearest else None
+    return told
 
 
 def warn_of_misspelt() -> None:

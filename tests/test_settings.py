@@ -217,6 +217,9 @@ def test_two_upstreams_are_refused(
         ("REDIS_URL", "http://localhost:6379"),
         ("REDIS_URL", "localhost:6379"),
         ("REDIS_URL", "redis://[x"),
+        ("REDIS_URL", "redis://host/production"),
+        ("REDIS_URL", "rediss://host/0/1"),
+        ("RELAY_HEARTBEAT_SECONDS", "45"),
         ("REDIS_URL", "redis://host?nonsense=20"),
         ("REDIS_URL", "redis://host?socket_timeout=soon"),
         ("REDIS_URL", "redis://host?retry_on_error=all&retry_on_timeout=true"),
@@ -435,6 +438,8 @@ def test_no_env_file_is_no_error(env_file: Path) -> None:
         ("AZURE_OPENAI_ENDPIONT", "AZURE_OPENAI_ENDPOINT"),
         ("AZURE_OPENAI_API_VERSION", "OPENAI_API_VERSION"),
         ("OPENAI_MODLE", "OPENAI_MODEL"),
+        ("REDIS_URI", "REDIS_URL"),
+        ("REDISURL", "REDIS_URL"),
     ],
 )
 def test_a_variable_that_looks_like_a_setting_is_told_with_the_one_that_is_meant(
@@ -447,6 +452,16 @@ def test_a_variable_that_looks_like_a_setting_is_told_with_the_one_that_is_meant
     monkeypatch.setenv(name, "1")
     env_file.unlink()
     assert misspelt() == {name.upper(): meant}
+
+
+@pytest.mark.parametrize("name", ["REDIS_HOST", "RELAY_REDIS_URL", "OPENAI_KEY", "RELAY_TIMEOUT"])
+def test_what_is_no_setting_is_told_if_it_was_written_for_us(
+    monkeypatch: pytest.MonkeyPatch, env_file: Path, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert misspelt() == {}
+    env_file.write_text(f"{name}=1\nPATH_OF_OTHERS=1\n")
+    assert misspelt() == {name: None}
 
 
 def test_what_others_put_into_the_environment_is_taken_for_no_setting(
