@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 from cli import up as everything
 from cli.processes import module, module_env
 from relay.client import Client
-from relay.errors import ConfigurationError, RelayError
+from relay.errors import ConfigurationError, RelayError, StreamUnknown
 from relay.events import CUT_SHORT, STARTED, TERMINAL
+from relay.ids import is_stream_id
 from relay.settings import load_settings
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -104,7 +105,16 @@ def _checked(word: str) -> str:
     return word
 
 
+def _of_stream(word: str) -> str:
+    """The id, also out of a link to the stream, as the page has one. Raises StreamUnknown."""
+    for part in re.split(r"[^a-z2-7]", word):
+        if is_stream_id(part):
+            return part
+    raise StreamUnknown("There is no stream with this id: check it.")
+
+
 Word = Annotated[str, typer.Argument(callback=_checked)]
+StreamId = Annotated[str, typer.Argument(callback=_of_stream, help="Or a link to the stream.")]
 Url = Annotated[str, typer.Option(envvar="RELAY_URL", help="Where the API is.", show_default=True)]
 HERE = "http://127.0.0.1:8000"
 
@@ -115,18 +125,23 @@ def chat(text: Word, url: Url = HERE) -> None:
     with Client(url, report=everything.report) as client:
         stream_id = client.ask([{"role": "user", "content": text}])
         everything.report(f"stream {stream_id}")
-        _print(client, stream_id)
+        try:
+            _print(client, stream_id)
+        except KeyboardInterrupt:
+            words = f"`relay watch {stream_id}` shows it, `relay cancel {stream_id}` ends it"
+            everything.report(f"the answer goes on: {words}")
+            raise
 
 
 @app.command()
-def watch(stream_id: Word, url: Url = HERE) -> None:
+def watch(stream_id: StreamId, url: Url = HERE) -> None:
     """Print a stream from its beginning, then as it comes."""
     with Client(url, report=everything.report) as client:
         _print(client, stream_id)
 
 
 @app.command()
-def cancel(stream_id: Word, url: Url = HERE) -> None:
+def cancel(stream_id: StreamId, url: Url = HERE) -> None:
     """End a stream here; what it has stays readable."""
     with Client(url, report=everything.report) as client:
         typer.echo(client.cancel(stream_id))

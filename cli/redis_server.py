@@ -55,6 +55,13 @@ class RedisServer:
         self.argv: list[str] = []
         self.pass_fds: tuple[int, ...] = ()
 
+    @property
+    def look(self) -> str:
+        """The command by which a person looks into it, once it is open."""
+        beside = Path(self.binary).with_name("redis-cli")
+        carried = shutil.which("redis-cli") is None and beside.exists()
+        return f"{beside if carried else 'redis-cli'} -s {self.socket}"
+
     def open(self) -> None:
         """Make the folder, lock it and choose the socket: url, argv and pass_fds stand then.
 
@@ -160,8 +167,8 @@ def _locked(folder: Path) -> int:
     except OSError:
         os.close(lock)
         raise ConfigurationError(
-            f"Another `relay up` uses the data folder {folder}: stop it, or choose another with "
-            "--data or RELAY_DATA."
+            f"Another `relay up` uses the data folder {folder}: stop it, or choose another folder "
+            "with RELAY_DATA and another port with RELAY_PORT."
         ) from None
     return lock
 

@@ -90,7 +90,7 @@ def describe(console: Console, settings: Settings, port: int, redis: RedisServer
     question = '{"messages":[{"role":"user","content":"Hello"}]}'
     lines = [f"curl -N {url}/chat {headers} -d '{question}'"]
     if redis:
-        lines.append(f"redis-cli -s {redis.socket}   # to look into it")
+        lines.append(f"{redis.look}   # to look into it")
     for line in lines:  # Outside of the panel and not wrapped: they are there to be copied.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -123,7 +123,6 @@ async def up(settings: Settings, console: Console) -> int:
         report(f"{name} is no setting" + (f"; is {nearest} meant?" if nearest else "."))
     # Configured by half, they raise here, before anything is started.
     _ = settings.upstream, settings.webhooks
-    port = free_port(settings.host, settings.port)
     with contextlib.ExitStack() as stack:
         redis = None
         if "redis_url" not in settings.model_fields_set:
@@ -132,6 +131,8 @@ async def up(settings: Settings, console: Console) -> int:
             stack.callback(redis.close)
         else:
             stack.callback(asyncio.create_task(tell_if_away(settings.redis_url)).cancel)
+        # After the folder: where both are taken it is by another `relay up`, and that is told.
+        port = free_port(settings.host, settings.port)
         supervisor = Supervisor(plan(settings, port, redis), report)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -88,6 +88,9 @@ async def output(process: Process) -> str:
 async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
     async with asyncio.timeout(40):
         up, url, printed = await start_up(tmp_path)
+        second = await relay("up", "--port", url.rpartition(":")[2], folder=tmp_path)
+        assert (await output(second)).startswith("relay: Another `relay up` ")
+        assert await second.wait() == 2
         await interrupt(up)
     assert url in printed
     assert "demo upstream" in printed
@@ -165,8 +168,24 @@ async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_pa
     stream_id = printed.split("stream ")[1].split()[0]
     watch = await relay("watch", stream_id, folder=tmp_path, RELAY_URL=url)
     assert await output(watch) == "Héllo\n"
-    cancel = await relay("cancel", stream_id, folder=tmp_path, RELAY_URL=url)
+    link = f"{url}/#{stream_id}"
+    cancel = await relay("cancel", link, folder=tmp_path, RELAY_URL=url)
     assert await output(cancel) == "completed\n"
+
+
+async def test_whoever_leaves_a_chat_is_told_that_the_answer_goes_on(
+    url: str, tmp_path: Path
+) -> None:
+    question = prompt(text=["left "], chunks=1, end="stall")
+    chat = await relay("chat", question, folder=tmp_path, RELAY_URL=url)
+    assert chat.stdout is not None
+    printed = (await chat.stdout.readuntil(b"left ")).decode()
+    stream_id = printed.split("stream ")[1].split()[0]
+    chat.send_signal(signal.SIGINT)
+    assert f"the answer goes on: `relay watch {stream_id}`" in await output(chat)
+    assert await chat.wait() == 130
+    cancel = await relay("cancel", stream_id, folder=tmp_path, RELAY_URL=url)
+    assert await output(cancel) == "cancelling\n"
 
 
 async def test_the_python_of_the_guide_prints_the_answer(url: str, tmp_path: Path) -> None:
@@ -186,9 +205,10 @@ async def test_a_failed_answer_and_an_unknown_stream_are_told_in_a_sentence(
     printed = await output(chat)
     assert "filter refused the prompt" in printed
     assert await chat.wait() == 1
-    watch = await relay("watch", "nonsense", folder=tmp_path, RELAY_URL=url)
-    assert await output(watch) == "relay: There is no stream with this id: check it.\n"
-    assert await watch.wait() == 1
+    for nothing in ("nonsense", "", "..", f"{url}/#", "a" * 32):
+        watch = await relay("watch", nothing, folder=tmp_path, RELAY_URL=url)
+        assert await output(watch) == "relay: There is no stream with this id: check it.\n"
+        assert await watch.wait() == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
