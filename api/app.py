@@ -86,7 +86,6 @@ async def _running(
     running = [asyncio.create_task(part) for part in parts]
     for task in running:
         task.add_done_callback(_end_with_part)
-    logger.info("api_ready", version=VERSION)
     try:
         yield
     finally:

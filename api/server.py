@@ -17,7 +17,10 @@ from api.line import EXTENSION, Line
 from api.parts import Parts
 from api.problems import RETRY_SECONDS
 from api.upgrade import NoUpgrade
+from relay.logs import get_logger
 from relay.settings import Settings
+
+logger = get_logger("api")
 
 CLOSE_SECONDS = 2
 """For what is still open after the drain: requests that wait for Redis, buffers to be flushed."""
@@ -43,6 +46,12 @@ SENT_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: %d\r\n" % RETRY_S
 
 
 class Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # Not before: the port may be taken, and where any was asked for nobody else tells which.
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        logger.info("api_ready", version=_app(self.config).version, host=host, port=port)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn would wait for every open response, and a live stream does not end by itself.
         parts = _parts(self.config)
@@ -202,9 +211,13 @@ def _bound(peer: socket.socket, write_seconds: float) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def _parts(config: uvicorn.Config) -> Parts:
+def _app(config: uvicorn.Config) -> FastAPI:
     assert isinstance(config.app, FastAPI)  # noqa: S101
-    parts: Parts = config.app.state.parts
+    return config.app
+
+
+def _parts(config: uvicorn.Config) -> Parts:
+    parts: Parts = _app(config).state.parts
     return parts
 
 

@@ -816,6 +816,32 @@ async def test_an_upload_that_outlasts_the_drain_is_sent_elsewhere_and_is_no_err
     assert b"Traceback" not in written
 
 
+async def test_it_says_that_it_is_ready_when_it_listens_and_where(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_HOST": "127.0.0.1"}
+
+    async def started(port: int) -> Process:
+        told = env | {"RELAY_PORT": str(port)}
+        return await asyncio.create_subprocess_exec(*module("api"), env=told, stderr=PIPE)
+
+    async with asyncio.timeout(20):
+        first = await started(0)
+        try:
+            assert first.stderr is not None
+            ready = await first.stderr.readuntil(b"event=api_ready") + await first.stderr.readline()
+            port = int(ready.split(b" port=")[1].split()[0])
+            assert await answers(port, b"HTTP/1.1 200")
+            second = await started(port)
+            _, written = await second.communicate()
+        finally:
+            first.kill()
+            await first.communicate()
+    assert b"address already in use" in written
+    assert b"api_ready" not in written
+    assert second.returncode != 0
+
+
 async def test_ctrl_c_ends_it_in_good_order_and_without_a_traceback(
     redis: Redis, redis_server: RedisServer
 ) -> None:
