@@ -345,7 +345,7 @@ async def test_what_expired_under_its_lease_is_swept_away(
     assert await places(redis) == ([], [])
 
 
-@pytest.mark.parametrize("gone", ["expired", "job expired", "erased", "ended"])
+@pytest.mark.parametrize("gone", ["expired", "job expired", "job left", "erased", "ended"])
 async def test_what_nobody_waits_for_is_not_claimed(
     redis: Redis, log: Log, claims: Claims, gone: str
 ) -> None:
@@ -355,6 +355,8 @@ async def test_what_nobody_waits_for_is_not_claimed(
             await redis.delete(keys.log(stream_id), keys.state(stream_id), keys.job(stream_id))
         case "job expired":
             await redis.delete(keys.job(stream_id))
+        case "job left":
+            await redis.delete(keys.log(stream_id), keys.state(stream_id))
         case "erased":
             await log.erase(stream_id)
         case "ended":
