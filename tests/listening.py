@@ -1,10 +1,11 @@
 """A server of a test's own, on a real socket in the test's loop."""
 
 import asyncio
+import socket
 import ssl
 from asyncio import StreamReader, StreamWriter, Task
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 Talk = Callable[[StreamReader, StreamWriter], Coroutine[None, None, None]]
 
@@ -40,6 +41,17 @@ async def listening(
             end, asyncio.CancelledError | OSError | asyncio.IncompleteReadError
         ):
             raise end
+
+
+@contextmanager
+def silent(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """The port of one that takes no connection and refuses none: one waits for it already, and it
+    has no room for another."""
+    with socket.socket() as listener, socket.socket() as waiting:
+        listener.bind((host, port))
+        listener.listen(0)
+        waiting.connect(listener.getsockname())
+        yield listener.getsockname()[1]
 
 
 async def _accept_no_more(server: asyncio.Server) -> None:

@@ -11,6 +11,7 @@ import httpcore2
 import pytest
 
 from tests.conftest import until
+from tests.listening import silent
 from tests.receiver import Names, receiving
 from worker.public_network import NotPublic, PublicNetwork, is_public
 
@@ -102,6 +103,16 @@ async def test_of_several_addresses_the_first_that_can_be_reached_is_taken(
     with pytest.raises(httpcore2.ConnectError) as failure:
         await network.connect_tcp("hooks.test", receiver.port)
     assert not isinstance(failure.value, NotPublic)
+
+
+async def test_an_address_that_does_not_answer_in_time_leads_to_the_next(names: Names) -> None:
+    network = PublicNetwork(private=True, lookups=1)
+    names["hooks.test"] = ["127.0.0.3", "127.0.0.2"]
+    async with receiving(host="127.0.0.2") as receiver:
+        with silent("127.0.0.3", receiver.port):
+            stream = await network.connect_tcp("hooks.test", receiver.port, 0.1)
+            assert stream.get_extra_info("server_addr")[0] == "127.0.0.2"
+            await stream.aclose()
 
 
 async def test_a_name_that_is_not_known_is_an_error_of_the_network(

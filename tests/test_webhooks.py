@@ -111,6 +111,7 @@ def test_no_other_host_is_allowed(url: str) -> None:
         "https://hooks.test/\n",
         " https://hooks.test/",
         "https://b\u00fccher.test/",
+        "https://hoo\u212as.test/",  # Its small letter is the k of ASCII.
         "https://hooks.test/\u00fc",
         "https://hooks.test/" + "a" * LONGEST_URL,
     ],
