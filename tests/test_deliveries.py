@@ -192,6 +192,20 @@ async def test_an_answer_that_a_sweep_ends_is_told_of_at_once(
     assert told["data"]["code"] == "interrupted"
 
 
+@pytest.mark.usefixtures("never_polling")
+async def test_what_no_worker_took_in_time_is_told_of_at_once(
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver
+) -> None:
+    settings = changed(settings, live_seconds=1, lease_seconds=0.2)
+    await ended(log, receiver.url)
+    async with telling(settings):
+        await receiver.request()
+        stream_id = await create(Log.configured(redis, settings), receiver.url)
+        told = verified(await receiver.request(1))
+    assert told["data"]["stream_id"] == stream_id
+    assert told["data"]["code"] == "queue_timeout"
+
+
 # Tries
 
 
