@@ -243,6 +243,26 @@ async def test_a_connection_is_not_used_again(answer: Callable[..., Awaitable[No
         assert server.connections == 2
 
 
+async def test_a_kept_connection_on_which_something_comes_unasked_is_not_used_again() -> None:
+    kept = asyncio.Event()
+
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+        await kept.wait()
+        writer.write(b"and more")
+        await server.request(reader)
+
+    async with asyncio.timeout(5), serving(answer) as server, client(server) as http:
+        assert (await http.post("/")).text == "ok"
+        kept.set()
+        await server.left.wait()
+        assert (await http.post("/")).text == "ok"
+        assert server.connections == 2
+
+
 async def test_after_a_kept_connection_that_was_dropped_the_next_try_connects_anew() -> None:
     async def answer_once(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -58,6 +58,7 @@ def decoded(pieces: list[bytes]) -> list[bytes]:
         (b"datum: a\n\n", []),
         (b"\n\n\ndata: a\n\n\n\n", [b"a"]),
         (b"data: a\r\n\r\ndata: b\r\r", [b"a", b"b"]),
+        (b"data: a\r\ndata: b\r\n\r\n", [b"a\nb"]),
         (b"data: a\r\n\ndata: b\n\n", [b"a", b"b"]),
         (b"\xef\xbb\xbfdata: a\n\ndata: b\n\n", [b"a", b"b"]),
         (b"data: a\n\ndata: without its end\n", [b"a"]),

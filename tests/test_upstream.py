@@ -19,7 +19,7 @@ from relay.errors import ConfigurationError, UpstreamError
 from relay.events import first_choice_text
 from relay.settings import Settings
 from tests.conftest import asking
-from tests.listening import listening
+from tests.listening import listening, silent
 from tests.receiver import Names
 from tests.test_http1 import CHUNKED, Server, serving
 from worker.failures import Refused
@@ -400,8 +400,9 @@ async def test_a_refusal_without_an_end_is_a_refusal_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("worker.failures.MOST_BYTES", 1000)
+    monkeypatch.setattr("worker.failures.WORDS_SECONDS", 60)
     head = b"HTTP/1.1 401 X\r\ntransfer-encoding: chunked\r\n\r\n"
-    async with saying([head, body(b"x" * 2000)]) as (_, upstream):
+    async with asyncio.timeout(5), saying([head, body(b"x" * 2000)]) as (_, upstream):
         _, error = await failure_of(upstream)
     assert error.code == "upstream_denied"
 
@@ -476,6 +477,16 @@ async def test_a_blocked_prompt_is_told_from_a_bad_request(emulator_url: str) ->
         _, error = await failure_of(upstream, prompt_filter=True)
     assert error.code == "content_filter"
     assert "policy" not in error.message
+
+
+async def test_one_that_takes_no_connection_in_time_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.endpoint.CONNECT_SECONDS", 0.05)
+    with silent() as port:
+        async with azure(f"http://127.0.0.1:{port}", upstream_tries=1) as upstream:
+            _, error = await failure_of(upstream)
+    assert (error.code, error.retryable) == ("upstream_timeout", True)
 
 
 async def test_nobody_listening_is_unreachable() -> None:
@@ -578,6 +589,26 @@ async def test_a_stall_between_chunks_ends_the_answer(
         chunks, error = await failure_of(upstream, chunks=9, after=2, end="stall")
     assert (text_of(chunks), error.code) == ("0 1 ", "upstream_timeout")
     assert (await ended(emulator)).outcome == "disconnected"
+
+
+async def test_a_stall_after_a_late_first_chunk_is_not_given_the_time_of_the_first() -> None:
+    async def answer(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await server.request(reader)
+        writer.write(HEAD + body(ANNOUNCED))
+        await asyncio.sleep(0.1)
+        writer.write(body(SAID))
+        await server.request(reader)
+
+    limits = {"stall_seconds": 0.05, "first_chunk_seconds": 60}
+    async with (
+        asyncio.timeout(5),
+        serving(answer) as server,
+        azure(f"http://127.0.0.1:{server.port}", upstream_tries=1, **limits) as upstream,
+    ):
+        chunks, error = await failure_of(upstream)
+    assert (text_of(chunks), error.code) == ("a", "upstream_timeout")
 
 
 async def test_an_answer_may_take_longer_than_a_stall(emulator_url: str) -> None:
