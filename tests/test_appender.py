@@ -190,6 +190,19 @@ async def test_what_is_wrong_with_one_stream_stops_no_other(
     await wrong.stands()
 
 
+async def test_what_redis_refuses_is_not_sent_again_at_once(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 60)
+    [wrong] = await writers(redis, counted, 1)
+    await redis.set(keys.log(wrong.claim.stream_id), "no stream")
+    wrong.say("a")
+    await counted.called.wait()
+    for _ in range(50):
+        await redis.ping()
+    assert counted.calls == [[2]]
+
+
 async def test_what_is_wrong_with_many_streams_is_told_in_one_line(
     redis: Redis, counted: CountedLog, caplog: Any
 ) -> None:
