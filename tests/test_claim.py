@@ -419,6 +419,28 @@ async def test_what_may_still_wait_stays_in_the_queue_however_long_ago_it_came(
     assert await places(redis) == ([stream_id], [])
 
 
+async def test_many_that_may_still_wait_hide_none_that_has_waited_too_long(redis: Redis) -> None:
+    _, claims = impatient(redis)
+    log = make_log(redis, open_ms=80_000, retention_ms=60_000, queue_limit=200)
+    *handed_over, last = await create(log, 150)
+    for stream_id in handed_over:
+        await waits_since(redis, stream_id, 1_000)
+    await waits_since(redis, last, 21_000)
+    await redis.zadd(keys.QUEUE, {last: 2})
+    assert await claims.end_overdue() == [last]
+
+
+async def test_all_that_has_waited_too_long_is_ended_in_time(redis: Redis) -> None:
+    _, claims = impatient(redis)
+    log = make_log(redis, open_ms=80_000, retention_ms=60_000, queue_limit=200)
+    ids = await create(log, 150)
+    for stream_id in ids:
+        await waits_since(redis, stream_id, 21_000)
+    ended = [await claims.end_overdue() for _ in range(3)]
+    assert [len(each) for each in ended] == [100, 50, 0]
+    assert {each for part in ended for each in part} == set(ids)
+
+
 @pytest.mark.parametrize("gone", ["expired", "ended"])
 async def test_what_nobody_waits_for_any_more_leaves_the_queue_in_silence(
     redis: Redis, gone: str
