@@ -15,7 +15,8 @@ from relay.events import STARTED, Cursor, Event, fitting
 Encode = Callable[[Event], bytes]
 Wire = Callable[[], Encode]
 """Makes an encoder for one feed, which is given all its events in order: what a frame
-leaves out may have been said by an earlier one."""
+leaves out may have been said by an earlier one. Wires that encode alike must be equal, for by them
+viewers share frames: one made anew for each viewer would have frames of its own."""
 
 FRAMES_AT_ONCE = 256
 BYTES_AT_ONCE = 64 * 1024

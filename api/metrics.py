@@ -69,7 +69,7 @@ async def _load(parts: Parts) -> Load | None:
 
 def _everywhere(load: Load) -> Iterator[_Fact]:
     yield _Fact("queued", "Streams that wait for a worker", load.queued)
-    yield _Fact("oldest_queued_seconds", "How long the first has waited", load.oldest_seconds)
+    yield _Fact("oldest_queued_seconds", "Since the oldest of them was asked", load.oldest_seconds)
     yield _Fact("running", "Answers that a worker holds", load.running)
     yield _Fact("workers", "Workers that have just given a sign of life", load.workers)
     yield _Fact("webhooks", "Ended streams of which somebody is to be told", load.webhooks)

@@ -100,7 +100,7 @@ class State(NamedTuple):
 class Load(NamedTuple):
     queued: int
     oldest_seconds: float
-    """How long the first of the queue has waited; 0 if nobody waits."""
+    """Since the oldest question in it was asked, whoever had it in between; 0 if it is empty."""
     running: int
     """Claims that stand, dead workers' among them until a sweep finds those."""
     webhooks: int
