@@ -1,8 +1,12 @@
 """The feed, with no loop of its own and no Redis."""
 
 import asyncio
+import socket
+from collections.abc import Callable
 
 import pytest
+import uvloop
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Encode, Feed
 from api.line import Line
@@ -139,6 +143,16 @@ class Written(Line):
         self.chunks.append(chunk)
 
 
+class Lost(asyncio.Protocol):
+    """Says when its connection is gone."""
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set()
+
+
 async def test_an_encoder_that_fails_takes_nothing_from_the_riders_of_other_wires() -> None:
     def broken() -> Encode:
         return lambda event: 1 // (len(event.data) - 3) * b""
@@ -175,6 +189,64 @@ async def test_each_wire_rides_on_for_the_kinds_of_events_that_it_takes_as_they_
     assert await rides_on == 4, "nobody rides on to the end"
 
 
+@pytest.mark.parametrize(("count", "size"), [(FRAMES_AT_ONCE + 1, 3), (2, BYTES_AT_ONCE)])
+async def test_what_is_more_than_one_write_riders_take_themselves_and_lack_nothing(
+    count: int, size: int
+) -> None:
+    feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
+    line = Written()
+    let_off = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
+    await asyncio.sleep(0)
+    feed.add([event(f"1-{n}", data=b"x" * size) for n in range(1, count + 1)])
+    await asyncio.wait([let_off], timeout=2)
+    assert let_off.result() == 2, "it has seen none of them"
+    assert line.chunks == []
+
+
+async def test_riders_are_never_written_an_empty_piece_which_would_end_their_response() -> None:
+    def silent() -> Encode:
+        return lambda event: b""
+
+    feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
+    line = Written()
+    riding = asyncio.create_task(feed.ride(silent, line, b"", 0, CHUNKS, unless=over))
+    await asyncio.sleep(0)
+    feed.add([event("1-1")])
+    await asyncio.sleep(0)
+    over.set_result(None)
+    assert await riding == 3
+    assert line.chunks == []
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_is_gone_takes_nothing_from_other_riders(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    line = Written()
+
+    async def ride_beside_it(ours: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        feed, over, lost = feed_of(QUEUE, FIRST), loop.create_future(), Lost()
+        transport, _ = await loop.create_connection(lambda: lost, sock=ours)
+        transport.abort()
+        await lost.over.wait()
+        gone = Line(transport, FlowControl(transport))
+        riding = [
+            asyncio.create_task(feed.ride(plain, each, b"", 60, CHUNKS, unless=over))
+            for each in (gone, line)
+        ]
+        await asyncio.sleep(0)
+        feed.add([event("1-1")])
+        await asyncio.sleep(0)
+        over.set_result(None)
+        await asyncio.gather(*riding)
+
+    ours, theirs = socket.socketpair()
+    with theirs, asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(ride_beside_it(ours))
+    assert line.chunks == [b'3\r\n"x"\r\n']
+
+
 async def test_who_gets_on_is_not_written_what_it_has_and_others_still_lack() -> None:
     feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
     early, late = Written(), Written()
@@ -189,6 +261,15 @@ async def test_who_gets_on_is_not_written_what_it_has_and_others_still_lack() ->
     assert await asyncio.gather(*riding) == [4, 4]
     assert early.chunks == [b'3\r\n"a"\r\n', b'3\r\n"b"\r\n']
     assert late.chunks == [b'3\r\n"b"\r\n']
+
+
+def test_what_a_feed_holds_is_counted_by_its_events_and_once_more_by_their_frames() -> None:
+    small, large = (feed_of(QUEUE, FIRST, event("1-1", data=b"x" * n)) for n in (0, 1000))
+    assert large.bytes - small.bytes == 1000
+    for feed in (small, large):
+        feed.frames(plain, 0)
+        feed.frames(plain, 1)
+    assert large.bytes - small.bytes == 2000
 
 
 def test_a_viewer_takes_a_bounded_number_of_frames_at_once() -> None:

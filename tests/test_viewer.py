@@ -164,6 +164,14 @@ async def test_an_idle_viewer_hears_a_heartbeat(hub: Hub) -> None:
         assert [frame.event for frame in taker.frames] == ["queued"]
 
 
+async def test_one_that_was_told_something_hears_heartbeats_after_it_as_before(hub: Hub) -> None:
+    log = Log()
+    async with viewing(viewer(hub, log, heartbeat_seconds=0.01)) as taker:
+        await taker.has(b":\n\n:\n\n")
+        log.feed.notice(b"Redis is away")
+        await taker.has(b": Redis is away\n\n:\n\n:\n\n")
+
+
 async def test_while_chunks_come_there_is_no_heartbeat(hub: Hub) -> None:
     log = Log()
     log.add(STARTS)
