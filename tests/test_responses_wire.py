@@ -192,6 +192,33 @@ def test_a_refusal_after_text_is_a_second_part_of_the_message() -> None:
     assert delta["content_index"] == 1
 
 
+def test_each_part_and_each_call_is_told_whole_and_in_its_place_when_it_is_done() -> None:
+    call = {"index": 0, "function": {"name": "f", "arguments": '{"x":'}}  # Some give it no id.
+    rest = {"index": 0, "function": {"arguments": "1}"}}
+    calls: list[Chunk] = [{"tool_calls": [piece]} for piece in (call, rest)]
+    grown: dict[str, str] = {}
+    done: dict[str, str] = {}
+    for frame in frames(log([*deltas({"content": "Well."}, {"refusal": "No."}, *calls), END])):
+        SDK_EVENT.validate_python(frame)
+        kind, _, step = frame["type"].rpartition(".")
+        place = f"{kind} {frame.get('item_id')} {frame.get('content_index')}"
+        if step == "delta":
+            grown[place] = grown.get(place, "") + frame["delta"]
+        elif step == "added":
+            grown[place] = ""
+        elif step == "done":
+            done[place] = "".join(frame.get(name, "") for name in ("text", "refusal", "arguments"))
+    assert done == grown
+    assert {*done.values()} == {"Well.", "No.", '{"x":1}', ""}
+
+
+def test_of_several_choices_which_other_apis_can_ask_for_the_response_is_the_first() -> None:
+    choices = [{"index": i, "delta": {"content": text}} for i, text in enumerate(["Yes.", "No."])]
+    entries = Compactor(1, "demo").entries(to_json({"id": "c", "model": "m", "choices": choices}))
+    [message] = fold(BORN, log([*entries, END]))["output"]
+    assert text_of(message) == "Yes."
+
+
 def test_a_new_attempt_closes_the_items_of_the_last_and_none_is_ever_spliced() -> None:
     first = deltas({"content": "No"}, {"tool_calls": [{"index": 0, "id": "a", "function": {}}]})
     events = log(first, said({"chunks": 2}))
@@ -275,6 +302,16 @@ def test_usage_has_the_names_of_the_api() -> None:
         "output_tokens_details": {"reasoning_tokens": 2},
         "total_tokens": 12,
     }
+
+
+@pytest.mark.parametrize("details", [None, {"cached_tokens": None, "reasoning_tokens": None}])
+def test_of_usage_what_the_upstream_leaves_open_is_nothing(details: Chunk | None) -> None:
+    names = ("prompt_tokens_details", "completion_tokens_details")
+    end = entry(COMPLETED, {"finish_reason": "stop", "usage": dict.fromkeys(names, details)})
+    response = Response.model_validate(fold(BORN, log([*deltas({"content": "a"}), end])))
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.cached_tokens == 0
+    assert response.usage.output_tokens_details.reasoning_tokens == 0
 
 
 def test_a_response_grows_from_queued_over_in_progress_and_tells_no_more_than_is_known() -> None:

@@ -155,6 +155,17 @@ def test_reasoning_stands_apart_from_the_text_wherever_it_comes(names: list[str]
     ]
 
 
+def test_a_text_that_goes_on_after_a_call_is_another_one() -> None:
+    texts = [{"content": text} for text in ("a", "b")]
+    chunks = spoken(*texts, call("x", "f", "{}"), *texts, *texts)
+    parts = whole(chunks)
+    kinds = [part["type"] for part in parts]
+    text = ["text-start", "text-delta", "text-delta", "text-end"]
+    assert kinds[:7] == [*text, "tool-input-start", "tool-input-delta", "text-start"]
+    said = [part["delta"] for part in parts if part["type"] == "text-delta"]
+    assert said == ["a", "b", "a", "b", "a", "b"]
+
+
 def test_a_text_that_always_comes_with_reasoning_keeps_both() -> None:
     both = {"reasoning_content": "r", "content": "t"}
     shown = put_together(whole(spoken(both, both, both)))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from api.wires import chat_completions, native, text
-from relay.chunks import Chunk
+from api.feed import Wire
+from api.wires import chat_completions, native, responses, text, ui_messages
+from relay.chunks import Chunk, Compactor
 from relay.errors import StreamGone
 from relay.events import (
     COMPLETED,
@@ -86,6 +87,37 @@ def test_gone_is_a_failure_without_an_id() -> None:
     assert frame == (
         b'event: failed\ndata: {"code":"stream_gone","message":"It is gone.","retryable":false}\n\n'
     )
+
+
+NOTHING: Chunk = {"index": None, "id": None, "function": None}
+NOWHERE: list[Chunk] = [
+    {"choices": None},
+    {"choices": [{"index": 0, "delta": None}]},
+    {"choices": [{"index": 0, "delta": {"content": None, "tool_calls": None}}]},
+    {"choices": [{"index": 0, "delta": {"content": "said", "tool_calls": [NOTHING]}}]},
+    {"choices": [{"index": 0, "delta": {"tool_calls": [NOTHING | {"function": {"name": None}}]}}]},
+]
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        native.encoder,
+        text.encoder,
+        chat_completions.encoder,
+        chat_completions.encoder_with_usage,
+        ui_messages.encoder,
+        responses.Born("id", 1, "m"),
+    ],
+)
+def test_no_wire_minds_that_an_upstream_says_null_for_what_others_leave_out(wire: Wire) -> None:
+    compactor, encode = Compactor(1, "m"), wire()
+    entries = [each for chunk in NOWHERE for each in compactor.entries(to_json(chunk))]
+    entries.append(entry(COMPLETED, {"finish_reason": None, "usage": None}))
+    told = b"".join(encode(Event(CURSOR, *each)) for each in entries)
+    assert told.count(b"said") > 0
+    if wire is ui_messages.encoder:
+        assert b":null" not in told, "its client knows none"
 
 
 EMOJI = "\N{GRINNING FACE}".encode()
