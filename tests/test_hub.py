@@ -48,7 +48,9 @@ async def running_hub(redis: Redis, cache_bytes: int = 2**20) -> AsyncIterator[H
 
 
 @pytest.fixture
-async def hub(redis: Redis) -> AsyncIterator[Hub]:
+async def hub(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
+    """Without its patrol, which in the end would find whatever a test is about."""
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 3600)
     async with running_hub(redis) as hub:
         yield hub
 
@@ -265,18 +267,25 @@ async def test_what_is_expected_is_whole_and_nothing_of_it_is_read(
     assert hub.viewers() == {}
 
 
-@pytest.mark.parametrize("cut", ["before its birth", "after it"])
+@pytest.mark.parametrize("cut", ["before its birth", "after it", "and stands again after it"])
 async def test_what_is_expected_is_whole_though_the_connection_breaks(
     hub: Hub, redis: Redis, cut: str
 ) -> None:
     feed = hub.expect(new_stream_id())
     writer = Writer(redis)
+
+    async def stands_again() -> bool:
+        channel = keys.channel(feed.stream_id)
+        return bool(await redis.pubsub_numsub(channel) == [(channel.encode(), 1)])
+
     if cut == "before its birth":
         await redis.client_kill_filter(_type="pubsub")
     created = await writer.create(feed.stream_id)
     await writer.begin()
     await redis.client_kill_filter(_type="pubsub")
     await writer.say("unheard")
+    if cut == "and stands again after it":
+        await until(stands_again)
     hub.born(feed, heard=created.heard)
     async with watching(hub, feed.stream_id) as taker:
         await taker.has(b"unheard")
@@ -312,6 +321,7 @@ async def test_nobody_looks_for_a_stream_that_is_not_born_yet(hub: Hub, redis: R
         return bool(await redis.pubsub_numsub(channel) == [(channel.encode(), 0)])
 
     await until(let_go)
+    assert not hub._unborn | hub._stale
 
 
 # Lost connections and gaps.
@@ -373,14 +383,15 @@ async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
 
 
 async def test_a_lost_last_publication_is_found_by_the_patrol(
-    hub: Hub, writer: Writer, redis: Redis
+    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0.05)
     await writer.begin()
-    async with watching(hub, writer.stream_id) as taker:
+    async with running_hub(redis) as hub, watching(hub, writer.stream_id) as taker:
         await taker.has(b"started")
         [last] = writer.cursors(1)
         await redis.xadd(keys.log(writer.stream_id), {"completed": "{}"}, id=last)
-        await taker.has(b"completed", seconds=2 * hub_module.PATROL_SECONDS)
+        await taker.has(b"completed")
 
 
 async def test_an_answer_that_has_expired_does_not_stay_in_memory_until_somebody_asks_for_it(
@@ -441,6 +452,8 @@ async def test_a_log_that_redis_lost_is_told_in_band(
         await taker.has(b'"code":"stream_gone"')
     assert taker.frames[-1].event == "failed"
     assert taker.frames[-1].id == ""
+    with pytest.raises(StreamGone):  # Whoever comes late is told by the status.
+        await hub.enter(writer.stream_id)
 
 
 # Fan-out.
@@ -534,6 +547,50 @@ async def test_a_viewer_that_leaves_during_the_first_read_disturbs_no_other(
     await asyncio.wait([other])
     assert not other.cancelled()
     other.result()
+
+
+async def test_a_viewer_that_leaves_during_the_first_read_leaves_nothing_behind(
+    hub: Hub, writer: Writer
+) -> None:
+    hasty = asyncio.create_task(hub.enter(writer.stream_id))
+    await asyncio.sleep(0)
+    hasty.cancel()
+    await _nothing_runs(hub)
+    assert hub._feeds == {}
+    assert hub._listener._channels == {keys.CONTROL}
+
+
+async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_has_one_of_its_own(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, late = Log.read, []
+
+    async def fail(log: Log, stream_id: str, after: Cursor | None = None) -> Any:
+        monkeypatch.setattr(Log, "read", read)
+        late.append(asyncio.create_task(hub.enter(stream_id)))
+        raise RedisConnectionError
+
+    monkeypatch.setattr(Log, "read", fail)
+    with pytest.raises(RedisConnectionError):
+        await hub.enter(writer.stream_id)
+    feed = await late[0]
+    assert [event.kind for event in feed.events] == ["queued"]
+    hub.leave(feed)
+
+
+async def test_nobody_waits_for_a_channel_whose_connection_is_lost(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub._listener, "add", lambda channel: None)
+    entering = asyncio.create_task(hub.enter(writer.stream_id))
+
+    async def waits() -> bool:
+        return bool(hub._subscribing)
+
+    await until(waits)
+    await redis.client_kill_filter(_type="pubsub")
+    async with asyncio.timeout(2):
+        hub.leave(await entering)
 
 
 async def test_a_viewer_that_leaves_while_a_birth_is_overtaken_leaves_nothing_behind(
@@ -675,6 +732,27 @@ async def test_an_erase_that_is_heard_during_the_first_read_is_gone_and_nothing_
     with pytest.raises(StreamGone):
         async with entered(hub, writer.stream_id):
             pass
+
+
+async def test_what_is_erased_while_it_is_read_for_one_that_left_is_not_kept(
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await writer.begin()
+    await writer.finish()
+    remaining_ms = Log.remaining_ms
+    entering = asyncio.create_task(hub.enter(writer.stream_id))
+
+    async def erased_meanwhile(log: Log, stream_id: str) -> int:
+        entering.cancel()
+        await asyncio.wait([entering])
+        told = await remaining_ms(log, stream_id)
+        hub._heard(keys.CONTROL, f"erase {stream_id}".encode())
+        return told
+
+    monkeypatch.setattr(Log, "remaining_ms", erased_meanwhile)
+    await asyncio.wait([entering])
+    await _nothing_runs(hub)
+    assert hub._finished.get(writer.stream_id) is None
 
 
 async def test_what_was_let_go_of_never_comes_back_into_memory(
