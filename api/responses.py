@@ -70,7 +70,7 @@ class ResponseViewer(Viewer):
         index = 0
         # From the newest `started` on, which may be another one after each write, all viewers are
         # alike.
-        while (missing := self._feed.position(None) - index) > 0:
+        while self._feed.gone is None and (missing := self._feed.position(None) - index) > 0:
             frames = self._feed.frames(self.wire, index)[:missing]
             index += len(frames)
             await self._write(send, self._unseen(b"".join(frames)))

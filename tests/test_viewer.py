@@ -14,7 +14,11 @@ from api.held_viewer import HeldViewer, TextViewer
 from api.hub import Hub
 from api.long_response import Pace
 from api.multi_viewer import Lane, MultiViewer
+from api.parts import Parts
+from api.presence import Presence
+from api.responses import ResponseViewer
 from api.viewer import NativeViewer
+from api.wires.responses import Born
 from relay.errors import StreamGone
 from relay.events import (
     CANCELLED,
@@ -29,6 +33,7 @@ from relay.events import (
     Event,
     entry,
 )
+from relay.settings import Settings
 from tests import asgi
 from tests.asgi import viewing
 from tests.conftest import given_up, make_log, until
@@ -68,7 +73,7 @@ class Log:
 
     def begin_anew(self) -> None:
         self._attempt, self._seq = self._attempt + 1, 0
-        self.add(entry(STARTED, {"attempt": self._attempt, "model": "m"}))
+        self.add(entry(STARTED, {"attempt": self._attempt, "model": "m", "envelope": {}}))
 
 
 def text(*texts: str) -> list[Entry]:
@@ -477,6 +482,25 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
         "message": "erased",
         "retryable": False,
     }
+    assert b"secret" not in taker.body
+
+
+async def test_a_response_is_shown_no_further_once_it_goes_away_though_it_was_begun_anew(
+    hub: Hub, redis: Redis
+) -> None:
+    log, settings, store = Log(), Settings(), make_log(redis)
+    chunk = {"choices": [{"index": 0, "delta": {"content": "secret"}}]}
+    for _ in range(2):
+        log.begin_anew()
+        log.add(entry(WHOLE, {"chunk": chunk}))
+    presence = Presence(hub, store, process="p")
+    parts = Parts(settings, store, hub, presence, settings.webhooks, "m")
+    async with viewing(ResponseViewer(parts, log.feed, Born("id", 1, "m"))) as taker:
+        taker.reading.clear()
+        await asyncio.sleep(0)  # It has come, and waits until its headers are taken.
+        log.feed.end_as_gone(StreamGone("erased"))
+        taker.reading.set()
+        await taker.has(b"stream_gone")
     assert b"secret" not in taker.body
 
 
