@@ -140,6 +140,18 @@ async def test_the_loss_of_a_stream_is_told_once_to_who_comes_back(
         assert response.status_code == 204
 
 
+async def test_who_comes_back_to_several_that_are_all_gone_is_told_of_each(
+    stack: httpx2.AsyncClient,
+) -> None:
+    ids = [await ask(stack, chunks=1), await ask(stack, chunks=1)]
+    [seen] = await events(stack, ids, most=1)
+    for stream_id in ids:
+        await stack.delete(f"/streams/{stream_id}")
+    lost = await events(stack, ids, after=seen.id)
+    told = [(event.event, data(event)["stream_id"]) for event in lost]
+    assert told == [("failed", ids[0]), ("failed", ids[1])]
+
+
 async def test_what_was_told_to_be_gone_is_not_told_again_with_the_rest_of_others(
     stack: httpx2.AsyncClient,
 ) -> None:

@@ -210,12 +210,13 @@ async def test_an_event_source_that_comes_while_redis_is_away_comes_back(
 ) -> None:
     """By a 503 it would be ended for good; others are told so by one."""
     async with running_api(settings) as http:
-        events = f"/streams/{await ask(http, chunks=1)}/events"
+        stream_id = await ask(http, chunks=1)
         async with killed(server):
-            status, body = await broken_off(http, events)
-            assert status == 200
-            assert b"\nretry: " in body
-            assert (await http.get(events)).status_code == 503
+            for events in (f"/streams/{stream_id}/events", f"/streams/events?ids={stream_id}"):
+                status, body = await broken_off(http, events)
+                assert status == 200
+                assert b"\nretry: " in body
+                assert (await http.get(events)).status_code == 503
 
 
 async def broken_off(http: httpx2.AsyncClient, url: str) -> tuple[int, bytes]:

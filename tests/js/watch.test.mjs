@@ -190,13 +190,15 @@ test("a refusal is thrown, not tried again", () =>
     assert.equal(asked.length, 1);
   }));
 
-test("503, a page of a proxy and a dead connection are tried again", () => {
+test("what passes by itself, a page of a proxy and a dead connection are tried again", () => {
   const page = (response) => response.writeHead(200, { "content-type": "text/html" }).end("data: <p>\n\n");
   const die = (response) => response.destroy();
-  return serving([RETRY, 503, page, die, whole()], async (url, asked) => {
+  // Whatever brings an event begins the waits anew.
+  const those = [408, 429, 502, 503, page, die].flatMap((each) => [each, started()]);
+  return serving([RETRY, ...those, whole()], async (url, asked) => {
     const { text } = await watched(url);
     assert.equal(text, "Hello");
-    assert.equal(asked.length, 5);
+    assert.equal(asked.length, 14);
   });
 });
 
@@ -205,6 +207,18 @@ test("it gives up after so many connections in a row that brought no event", () 
     await assert.rejects(watched(url, { tries: 3 }), Unreachable);
     assert.equal(asked.length, 6);
   }));
+
+for (const [what, retry, ms] of [["seldomer, the longer the server is away", 50, 200],
+  ["in no storm, whatever the server asks for", 0, 400]]) {
+  test(`it comes back ${what}`, (context) => {
+    context.mock.method(Math, "random", () => 0);
+    return serving([`retry: ${retry}\n\n` + started(), 503, 503, whole()], async (url) => {
+      let lost;
+      await watched(url, { onLost: () => (lost ??= performance.now()) });
+      assert.ok(performance.now() - lost > ms - 6);
+    });
+  });
+}
 
 for (const [what, chance, ms] of [["earlier than the server asked for", 0, 400],
   ["together with everybody else", 1, 600]]) {
@@ -251,6 +265,12 @@ for (const [when, answer, callback] of [
       assert.equal(asked.length, 1);
     }));
 }
+
+test("nothing is asked after its signal", () =>
+  serving([whole()], async (url, asked) => {
+    await assert.rejects(watch(url, { signal: AbortSignal.abort(new Error("enough")) }), /enough/);
+    assert.equal(asked.length, 0);
+  }));
 
 test("nothing is told after its signal, not even what has come already", () =>
   serving([whole()], async (url) => {
