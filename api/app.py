@@ -101,7 +101,7 @@ async def _running(
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it connects to Redis when it starts up, not here. Raises
     ConfigurationError."""
-    webhooks, upstream = settings.webhooks, settings.upstream
+    webhooks, upstream = settings.webhooks, settings.keyless_upstream
     model = upstream.model if upstream else ANY_MODEL
 
     app = _Api(

@@ -198,6 +198,19 @@ class Settings(BaseSettings):
 
         Raises ConfigurationError, naming the variable, if it is configured by half or twice.
         """
+        upstream = self.keyless_upstream
+        if upstream and upstream.api_key is None and upstream.entra_scope is None:
+            raise ConfigurationError(
+                "Set AZURE_OPENAI_KEY, or AZURE_OPENAI_ENTRA=1 to sign in by Entra ID."
+                if self.azure_endpoint
+                else "Set OPENAI_API_KEY: the rest of this upstream is configured."
+            )
+        return upstream
+
+    @property
+    def keyless_upstream(self) -> UpstreamSettings | None:
+        """As `upstream`, but its key may be missing: who asks it for nothing needs none, and what
+        stands before the world had better not have it."""
         azure = (self.azure_endpoint, self.azure_key, self.azure_deployment)
         # OPENAI_API_KEY alone is common in a shell and not meant for us.
         openai = self.openai_base_url or self.openai_model
@@ -227,10 +240,6 @@ class Settings(BaseSettings):
                 "AZURE_OPENAI_ENDPOINT must end before /openai, or with /openai/v1/."
             )
         deployment = _required("AZURE_OPENAI_CHATGPT_DEPLOYMENT", self.azure_deployment)
-        if self.azure_key is None and not self.azure_entra:
-            raise ConfigurationError(
-                "Set AZURE_OPENAI_KEY, or AZURE_OPENAI_ENTRA=1 to sign in by Entra ID."
-            )
         scope = self.azure_scope if self.azure_entra else None
         key = None if self.azure_entra else self.azure_key
         if urlsplit(endpoint).path.rstrip("/").endswith("/openai/v1"):
@@ -249,8 +258,6 @@ class Settings(BaseSettings):
     def _openai(self) -> UpstreamSettings:
         if self.openai_base_url is not None:
             _url("OPENAI_BASE_URL", self.openai_base_url, "https://HOST/v1")
-        if self.openai_key is None:
-            raise ConfigurationError("Set OPENAI_API_KEY: the rest of this upstream is configured.")
         return UpstreamSettings(
             kind="openai",
             base_url=self.openai_base_url,

@@ -234,6 +234,12 @@ async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncCl
     assert code(await api.post("/chat", json=asking(), headers=headers), 422) == "invalid_request"
 
 
+async def test_an_api_knows_the_model_without_a_key(settings: Settings) -> None:
+    async with running_api(changed(settings, azure_key=None)) as api:
+        models = (await api.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in models] == [settings.azure_deployment]
+
+
 async def test_a_full_queue_is_told_before_a_stream_exists(
     settings: Settings, redis: Redis, caplog: Any
 ) -> None:

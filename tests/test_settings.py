@@ -124,7 +124,7 @@ def test_a_whole_configuration_is_an_upstream(
         (without(AZURE, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"), "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
         ({"AZURE_OPENAI_ENTRA": "1"}, "AZURE_OPENAI_ENDPOINT"),
         (without(OPENAI, "OPENAI_API_KEY"), "OPENAI_API_KEY"),
-        ({"OPENAI_BASE_URL": "http://localhost/v1"}, "OPENAI_API_KEY"),
+        ({"OPENAI_BASE_URL": "http://localhost/v1"}, "OPENAI_MODEL"),
         ({"OPENAI_BASE_URL": "http://localhost/v1", "OPENAI_API_KEY": "k"}, "OPENAI_MODEL"),
     ],
 )
@@ -134,6 +134,17 @@ def test_half_a_configuration_names_the_variable_to_set(
     settings = load(monkeypatch, environment)
     with pytest.raises(ConfigurationError, match=rf"Set .*\b{variable}\b"):
         _ = settings.upstream
+
+
+@pytest.mark.parametrize(
+    "environment", [without(AZURE, "AZURE_OPENAI_KEY"), without(OPENAI, "OPENAI_API_KEY")]
+)
+def test_who_asks_the_model_for_nothing_needs_no_key(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    upstream = load(monkeypatch, environment).keyless_upstream
+    assert upstream is not None
+    assert upstream.model == "gpt"
 
 
 @pytest.mark.parametrize(
