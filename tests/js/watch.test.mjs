@@ -208,7 +208,7 @@ test("it gives up after so many connections in a row that brought no event", () 
     assert.equal(asked.length, 6);
   }));
 
-for (const [what, retry, ms] of [["seldomer, the longer the server is away", 50, 200],
+for (const [what, retry, ms] of [["seldomer, the longer the server is away", 200, 800],
   ["in no storm, whatever the server asks for", 0, 400]]) {
   test(`it comes back ${what}`, (context) => {
     context.mock.method(Math, "random", () => 0);
