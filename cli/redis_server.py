@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ class RedisServer:
         """The command by which a person looks into it, once it is open."""
         beside = Path(self.binary).with_name("redis-cli")
         carried = shutil.which("redis-cli") is None and beside.exists()
-        return f"{beside if carried else 'redis-cli'} -s {self.socket}"
+        return shlex.join([str(beside) if carried else "redis-cli", "-s", self.socket])
 
     def open(self) -> None:
         """Make the folder, lock it and choose the socket: url, argv and pass_fds stand then.

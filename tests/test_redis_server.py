@@ -117,6 +117,14 @@ async def test_close_leaves_no_socket_and_may_be_repeated(binary: str, tmp_path:
     assert not os.access(os.path.dirname(socket), os.R_OK)
 
 
+async def test_the_command_that_is_told_looks_into_it(binary: str, tmp_path: Path) -> None:
+    async with running_redis(binary, tmp_path) as server:
+        look = await asyncio.create_subprocess_shell(
+            f"{server.look} ping", stdout=asyncio.subprocess.PIPE
+        )
+        assert (await look.communicate())[0] == b"PONG\n"
+
+
 async def test_a_data_folder_has_one_server_at_a_time(binary: str, tmp_path: Path) -> None:
     async with running_redis(binary, tmp_path):
         with pytest.raises(ConfigurationError, match="Another `relay up` uses the data folder"):
