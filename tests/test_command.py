@@ -86,6 +86,9 @@ async def output(process: Process) -> str:
 
 
 async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
+    for name in ("api", "worker", "emulator"):  # Of the user, whose folder it is.
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')")
     async with asyncio.timeout(40):
         up, url, printed = await start_up(tmp_path)
         second = await relay("up", "--port", url.rpartition(":")[2], folder=tmp_path)

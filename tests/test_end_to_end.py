@@ -314,6 +314,27 @@ async def test_closing_the_tab_cancels_only_where_the_request_asked_for_it(
     assert outcomes == ["cancelled", "completed"]
 
 
+async def test_that_a_tab_closes_behind_a_stream_that_is_gone_is_no_error(
+    settings: Settings, redis: Redis, caplog: Any
+) -> None:
+    async with running_api(settings) as http:
+        headers = {"x-on-disconnect": "cancel"}
+        async with http.sse("/chat", method="POST", json=asking(), headers=headers) as source:
+            arriving = aiter(source)  # Let go of, it would close the connection.
+            await anext(arriving)
+            await redis.flushall()
+
+        async def told() -> bool:
+            return "cancel_failed" in events_of(caplog)
+
+        await until(told)
+    assert "internal_error" not in events_of(caplog)
+
+
+def events_of(caplog: Any) -> list[str]:
+    return [record.msg["event"] for record in caplog.records if isinstance(record.msg, dict)]
+
+
 @pytest.mark.parametrize(
     "cancel", ["/streams/ID/cancel", "/v1/responses/resp_ID/cancel", "/api/chat/c/stop", ""]
 )

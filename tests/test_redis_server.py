@@ -117,6 +117,14 @@ async def test_close_leaves_no_socket_and_may_be_repeated(binary: str, tmp_path:
     assert not os.access(os.path.dirname(socket), os.R_OK)
 
 
+async def test_nobody_else_on_the_machine_reaches_it_or_its_data(
+    binary: str, tmp_path: Path
+) -> None:
+    async with running_redis(binary, tmp_path / "data") as server:
+        for path in (server.data, server.socket, os.path.dirname(server.socket)):
+            assert os.stat(path).st_mode & 0o077 == 0
+
+
 async def test_the_command_that_is_told_looks_into_it(binary: str, tmp_path: Path) -> None:
     async with running_redis(binary, tmp_path) as server:
         look = await asyncio.create_subprocess_shell(
