@@ -11,6 +11,8 @@ REFUSED = Counter(
     ["code"],
     registry=None,
 )
+for _code in ("queue_full", "redis_away", "draining", "internal"):
+    REFUSED.labels(_code)  # Alerts are on these: a rate would not know of a first one without a 0.
 GIVEN_UP = Counter(
     "relay_viewers_given_up",
     "Viewers of this process that took nothing for too long and were let go",

@@ -67,9 +67,6 @@ TITLES = {
     "stream_unknown": "There is no such stream",
 }
 
-for _code in ("queue_full", "redis_away", "draining", "internal"):
-    REFUSED.labels(_code)  # Alerts are on these: a rate would not know of a first one without a 0.
-
 
 Refusal = Callable[[int, str, str], Response]
 """Of status, code and one sentence."""
@@ -116,43 +113,34 @@ def _status_of(error: RelayError) -> int:
 
 
 def answer_to(error: Exception, shape: Shape) -> Response:
-    """Whatever has gone wrong, as an API says it."""
-    code = _code_of(error)
+    """Whatever has gone wrong, as an API says it; counted."""
+    if isinstance(error, RequestValidationError):
+        # Each API has finer codes for it, and they are counted as one.
+        REFUSED.labels("invalid_request").inc()
+        return shape.refuse_invalid(error)
+    status, code, detail = _told(error)
     REFUSED.labels(code).inc()
+    response = shape.refuse(status, code, detail)
+    if isinstance(error, HTTPException):
+        response.headers.update(error.headers or {})
+    return response
+
+
+def _told(error: Exception) -> tuple[int, str, str]:
+    """Status, code and one sentence; what an operator should know of goes to the log."""
     match error:
         case RelayError():
             if isinstance(error, QueueFull):
-                logger.warning(code)
-            return shape.refuse(_status_of(error), code, error.message)
+                logger.warning("queue_full")
+            return _status_of(error), error.code, error.message
         case RedisError():
-            logger.warning(code, error=reason(error))
-            return shape.refuse(503, code, REDIS_AWAY_DETAIL)
-        case RequestValidationError():
-            return shape.refuse_invalid(error)
+            logger.warning("redis_away", error=reason(error))
+            return 503, "redis_away", REDIS_AWAY_DETAIL
         case HTTPException():
-            _, detail = _HTTP.get(error.status_code, (code, None))
-            response = shape.refuse(error.status_code, code, detail or str(error.detail))
-            response.headers.update(error.headers or {})
-            return response
-        case _:
-            logger.error("internal_error", exc_info=error)
-            detail = "This is a fault of the server; its log says more."
-            return shape.refuse(500, code, detail)
-
-
-def _code_of(error: Exception) -> str:
-    """That of a request which is invalid each API has in a finer form of its own."""
-    match error:
-        case RelayError():
-            return error.code
-        case RedisError():
-            return "redis_away"
-        case RequestValidationError():
-            return "invalid_request"
-        case HTTPException():
-            code, _ = _HTTP.get(error.status_code, ("invalid_request", None))
-            return code
-    return "internal"
+            code, detail = _HTTP.get(error.status_code, ("invalid_request", None))
+            return error.status_code, code, detail or str(error.detail)
+    logger.error("internal_error", exc_info=error)
+    return 500, "internal", "This is a fault of the server; its log says more."
 
 
 class Fault(NamedTuple):

@@ -85,8 +85,13 @@ class Bounded(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
     _cycles: tuple[RequestResponseCycle, ...] = ()
-    """Those whose response is not complete: more than one only if the client pipelines."""
+    """Those whose response was not complete when the newest began: more than one only if the client
+    pipelines."""
     _deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def _open_cycles(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -98,12 +103,11 @@ class Bounded(HttpToolsProtocol):
         self._expect_nothing()
         super().connection_lost(exc)
         # uvicorn tells the newest one alone, and an older one is the one that is being answered.
-        open_cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
-        for cycle in open_cycles:
+        for cycle in self._open_cycles:
             cycle.disconnected = True
             cycle.message_event.set()
             _line(cycle).lose()
-        if open_cycles and isinstance(exc, TimeoutError):
+        if self._open_cycles and isinstance(exc, TimeoutError):
             GIVEN_UP.inc()  # The kernel has found it before we did.
 
     def data_received(self, data: bytes) -> None:
@@ -119,7 +123,7 @@ class Bounded(HttpToolsProtocol):
             self._head_bytes += len(data)
 
     def send_400_response(self, msg: str) -> None:
-        if any(not cycle.response_complete for cycle in self._cycles):
+        if self._open_cycles:
             self.transport.abort()  # In the midst of a response it would pass for a piece of it.
         else:
             super().send_400_response(msg)
@@ -144,8 +148,7 @@ class Bounded(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         self._expect_within(BODY_SECONDS)
         super().on_headers_complete()
-        open_cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
-        self._cycles = (*open_cycles, self.cycle)
+        self._cycles = (*self._open_cycles, self.cycle)
 
     def on_message_complete(self) -> None:
         self._expect_nothing()

@@ -10,6 +10,14 @@ local log_of, state_of, channel_of, job_of, room, retention_ms, lease_ms, max_tr
   worker, owner, handed_id = unpack(ARGV)
 local now = now_ms()
 
+-- Each sweep is a sign of life.
+local function sign()
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', now - 60000)) do
+    redis.call('ZREM', workers, gone)
+  end
+  redis.call('ZADD', workers, now, worker)
+end
+
 -- The time in which nobody swept does not count: Redis was away, and nobody could renew either. (Or
 -- its clock was set, and no lease means anything.) Whoever lives now has one more lease to say so, and
 -- no more than one: that lease ends on half a millisecond, which tells it from those of the living.
@@ -17,6 +25,7 @@ local function sweepable()
   local last = tonumber(redis.call('GET', mark) or now)
   redis.call('DEL', mark)
   redis.call('SET', mark, now)
+  sign()
   if math.abs(now - last) > lease_ms / 2 then
     local held = redis.call('ZRANGE', leases, 0, -1, 'WITHSCORES')
     for i = 1, #held, 2 do
@@ -70,16 +79,7 @@ local function drop_expired()
   end
 end
 
--- Each sweep is a sign of life.
-local function sign()
-  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', now - 60000)) do
-    redis.call('ZREM', workers, gone)
-  end
-  redis.call('ZADD', workers, now, worker)
-end
-
 if not owner then drop_expired() end
 local released = {}
 for _, id in ipairs(owner and handed() or sweepable()) do released[#released + 1] = release(id) end
-if not owner then sign() end
 return released
