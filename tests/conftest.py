@@ -188,6 +188,11 @@ def given_up() -> float:
     return family.samples[0].value
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What our own lines say has happened."""
+    return [record.msg["event"] for record in caplog.records if isinstance(record.msg, dict)]
+
+
 def changed(settings: Settings, **changes: Any) -> Settings:
     return settings.model_copy(update=changes)
 

@@ -55,6 +55,14 @@ async def hub(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hu
         yield hub
 
 
+@pytest.fixture
+async def patrolled_hub(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
+    """Whose patrol comes round all the time."""
+    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0.05)
+    async with running_hub(redis) as hub:
+        yield hub
+
+
 class Writer:
     """What a worker does to a log, one step at a time."""
 
@@ -339,11 +347,10 @@ async def test_what_is_published_while_the_connection_is_down_is_read_from_the_l
 
 
 async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
-    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, writer: Writer, redis: Redis
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 3600)
     await writer.begin()
-    async with running_hub(redis) as hub, watching(hub, writer.stream_id) as taker:
+    async with watching(hub, writer.stream_id) as taker:
         await writer.say("heard")
         await taker.has(b"heard")
 
@@ -360,34 +367,31 @@ async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
 
 
 async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
-    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 3600)
     await writer.begin()
     read = Log.read
-    async with running_hub(redis) as hub:
 
-        async def outrun(log: Log, stream_id: str, after: Cursor | None = None) -> Any:
-            monkeypatch.setattr(Log, "read", read)
-            events = await read(log, stream_id, after)
-            await writer.say("meanwhile")
+    async def outrun(log: Log, stream_id: str, after: Cursor | None = None) -> Any:
+        monkeypatch.setattr(Log, "read", read)
+        events = await read(log, stream_id, after)
+        await writer.say("meanwhile")
 
-            async def heard() -> bool:
-                return bool(hub._stale)
+        async def heard() -> bool:
+            return bool(hub._stale)
 
-            await until(heard)
-            return events
+        await until(heard)
+        return events
 
-        monkeypatch.setattr(Log, "read", outrun)
-        await _sees(hub, writer.stream_id, b"meanwhile")
+    monkeypatch.setattr(Log, "read", outrun)
+    await _sees(hub, writer.stream_id, b"meanwhile")
 
 
 async def test_a_lost_last_publication_is_found_by_the_patrol(
-    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    patrolled_hub: Hub, writer: Writer, redis: Redis
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0.05)
     await writer.begin()
-    async with running_hub(redis) as hub, watching(hub, writer.stream_id) as taker:
+    async with watching(patrolled_hub, writer.stream_id) as taker:
         await taker.has(b"started")
         [last] = writer.cursors(1)
         await redis.xadd(keys.log(writer.stream_id), {"completed": "{}"}, id=last)
@@ -395,20 +399,18 @@ async def test_a_lost_last_publication_is_found_by_the_patrol(
 
 
 async def test_an_answer_that_has_expired_does_not_stay_in_memory_until_somebody_asks_for_it(
-    writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    patrolled_hub: Hub, writer: Writer, redis: Redis
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATROL_SECONDS", 0.05)
     await writer.begin()
     await writer.finish()
     await redis.pexpire(keys.log(writer.stream_id), 300)
-    async with running_hub(redis) as hub:
-        async with entered(hub, writer.stream_id):
-            assert hub._finished._kept
+    async with entered(patrolled_hub, writer.stream_id):
+        assert patrolled_hub._finished._kept
 
-        async def is_gone() -> bool:
-            return not hub._finished._kept
+    async def is_gone() -> bool:
+        return not patrolled_hub._finished._kept
 
-        await until(is_gone)
+    await until(is_gone)
 
 
 async def test_the_patrol_asks_a_redis_that_is_away_for_nothing(

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from cli.redis_server import RedisServer
 from relay.connection import connect
 from relay.listener import Listener
-from tests.conftest import redis_user
+from tests.conftest import logged, redis_user
 from tests.listening import listening
 
 News = tuple[str | bytes, ...]
@@ -226,7 +226,7 @@ async def test_a_redis_that_loads_its_data_is_away_until_it_has(caplog: Any) -> 
                 pass
             assert news == [("subscribed", "a")]
             assert not ear.listener.away
-    told = [record.msg["event"] for record in caplog.records]
+    told = logged(caplog)
     assert told == ["redis_lost"] * (len(told) - 1) + ["redis_back"]
 
 

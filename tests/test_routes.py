@@ -24,6 +24,7 @@ from tests.conftest import (
     ask,
     asking,
     changed,
+    logged,
     make_claims,
     make_log,
     reported_before,
@@ -259,7 +260,7 @@ async def test_a_full_queue_is_told_before_a_stream_exists(
         assert code(response, 503) == "queue_full"
         assert int(response.headers["retry-after"]) > 0
         assert await redis.dbsize() == before
-    assert "queue_full" in [record.msg["event"] for record in caplog.records]
+    assert "queue_full" in logged(caplog)
 
 
 async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) -> None:

@@ -759,14 +759,18 @@ async def watched(served: Served) -> bool:
     return not await nobody_watches(served)
 
 
+def api_env(redis_server: RedisServer, port: int) -> dict[str, str]:
+    where = {"RELAY_HOST": "127.0.0.1", "RELAY_PORT": str(port)}
+    return module_env() | {"REDIS_URL": redis_server.url} | where
+
+
 @asynccontextmanager
 async def api_process(
     redis_server: RedisServer, argv: Sequence[str] = tuple(module("api")), *, drain_seconds: int = 0
 ) -> AsyncIterator[tuple[Process, int]]:
     """`python -m api`, ready, and its port; killed if it still runs at the end."""
     port = free_port("127.0.0.1", 0)
-    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_PORT": str(port)}
-    env |= {"RELAY_DRAIN_SECONDS": str(drain_seconds), "RELAY_HOST": "127.0.0.1"}
+    env = api_env(redis_server, port) | {"RELAY_DRAIN_SECONDS": str(drain_seconds)}
     process = await asyncio.create_subprocess_exec(*argv, env=env, stderr=PIPE)
     try:
         await until(lambda: answers(port, b"HTTP/1.1 200"), 20)
@@ -819,11 +823,9 @@ async def test_an_upload_that_outlasts_the_drain_is_sent_elsewhere_and_is_no_err
 async def test_it_says_that_it_is_ready_when_it_listens_and_where(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    env = module_env() | {"REDIS_URL": redis_server.url, "RELAY_HOST": "127.0.0.1"}
-
     async def started(port: int) -> Process:
-        told = env | {"RELAY_PORT": str(port)}
-        return await asyncio.create_subprocess_exec(*module("api"), env=told, stderr=PIPE)
+        env = api_env(redis_server, port)
+        return await asyncio.create_subprocess_exec(*module("api"), env=env, stderr=PIPE)
 
     async with asyncio.timeout(20):
         first = await started(0)

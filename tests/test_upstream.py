@@ -556,18 +556,25 @@ async def test_an_answer_that_was_only_announced_is_asked_for_again(end: bytes) 
     assert [bool(chunk["choices"]) for chunk in chunks] == [False, True, True]
 
 
-async def test_a_model_that_thinks_after_the_announcement_is_not_stalled() -> None:
+def thinking(end: bytes = b"") -> Callable[..., Awaitable[None]]:
+    """Announces an answer, and says something of it after longer than a stall of 0.05 s."""
+
     async def answer(
         server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await server.request(reader)
         writer.write(HEAD + body(ANNOUNCED))
         await asyncio.sleep(0.2)
-        writer.write(body(SAID) + b"0\r\n\r\n")
+        writer.write(body(SAID) + end)
+        await server.request(reader)
 
+    return answer
+
+
+async def test_a_model_that_thinks_after_the_announcement_is_not_stalled() -> None:
     limits = {"stall_seconds": 0.05, "first_chunk_seconds": 5}
     async with (
-        serving(answer) as server,
+        serving(thinking(end=b"0\r\n\r\n")) as server,
         azure(f"http://127.0.0.1:{server.port}", upstream_tries=1, **limits) as upstream,
     ):
         assert text_of(await asked(upstream, asking())) == "a"
@@ -592,19 +599,10 @@ async def test_a_stall_between_chunks_ends_the_answer(
 
 
 async def test_a_stall_after_a_late_first_chunk_is_not_given_the_time_of_the_first() -> None:
-    async def answer(
-        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await server.request(reader)
-        writer.write(HEAD + body(ANNOUNCED))
-        await asyncio.sleep(0.1)
-        writer.write(body(SAID))
-        await server.request(reader)
-
     limits = {"stall_seconds": 0.05, "first_chunk_seconds": 60}
     async with (
         asyncio.timeout(5),
-        serving(answer) as server,
+        serving(thinking()) as server,
         azure(f"http://127.0.0.1:{server.port}", upstream_tries=1, **limits) as upstream,
     ):
         chunks, error = await failure_of(upstream)

@@ -22,6 +22,10 @@ from tests.conftest import (
     worker_process,
 )
 
+PRLIMIT = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="only Linux lets one see the limits of another process"
+)
+
 
 @pytest.fixture
 def env(settings: Settings) -> dict[str, str]:
@@ -188,7 +192,7 @@ async def test_a_worker_that_starts_before_redis_waits_for_it(
         assert (await ended(process, 2))[0] == 0
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a call of Linux")
+@PRLIMIT
 async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
     env: dict[str, str], tmp_path: Path
 ) -> None:
@@ -198,7 +202,7 @@ async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
         assert soft == hard
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a call of Linux")
+@PRLIMIT
 async def test_a_worker_tells_that_its_descriptors_run_out(
     env: dict[str, str], tmp_path: Path
 ) -> None:
