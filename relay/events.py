@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, Self
 
+import pydantic_core
+
 from relay.errors import MalformedCursor
 
 QUEUED: Final = "queued"
@@ -83,14 +85,13 @@ def to_json(value: Any) -> bytes:
     """Compact JSON on one line. A lone surrogate, half of an emoji split over two chunks, stays
     an escape, so that a client which joins the halves has the emoji."""
     try:
-        return _COMPACT.encode(value).encode()
-    except UnicodeEncodeError:
+        return pydantic_core.to_json(value)
+    except pydantic_core.PydanticSerializationError:
         return _ASCII.encode(value).encode()
 
 
-# Made once: json.dumps makes one each time, at a third of its cost.
-_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _ASCII = json.JSONEncoder(separators=(",", ":"))
+"""Three times as slow, and it takes surrogates, and what is nested deeper."""
 
 
 def from_json(text: str) -> Any:

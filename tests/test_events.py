@@ -123,6 +123,7 @@ def test_a_batch_is_read_as_it_was_published(
 @example("a\nb\rc\0\u2028\u2029\u0085")
 @example("\ud83d")
 @example({"\udc00": ["\ud83d\n", "ü😀"]})
+@example({"deep": json.loads("[" * 400 + "]" * 400), "long": 10**40, "small": 1e-7})
 def test_json_is_one_line_of_utf8_that_means_the_value(value: object) -> None:
     data = to_json(value)
     assert json.loads(data) == json.loads(json.dumps(value))
