@@ -36,7 +36,7 @@ from relay.logs import get_logger
 from relay.settings import Settings
 from relay.webhooks import Webhooks
 
-logger = get_logger("api")
+logger = get_logger()
 
 VERSION = version("chat-relay")
 

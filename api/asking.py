@@ -19,7 +19,7 @@ from relay.ids import new_stream_id
 from relay.log import Created, Recovery
 from relay.logs import get_logger
 
-logger = get_logger("api")
+logger = get_logger()
 
 LONGEST_KEY = 255
 

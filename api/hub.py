@@ -22,7 +22,7 @@ from relay.listener import Listener
 from relay.log import ALIVE_SECONDS, BIRTH, GONE, Log
 from relay.logs import get_logger
 
-logger = get_logger("hub")
+logger = get_logger()
 
 PATROL_SECONDS = 5.0
 """How often a watched log is read again: it may have expired, or Redis may have come back empty."""

@@ -13,7 +13,7 @@ from relay.logs import get_logger
 from relay.settings import Settings
 from relay.webhooks import Webhooks
 
-logger = get_logger("api")
+logger = get_logger()
 
 ANY_MODEL = "chat-relay"
 """The public name of the one model where this process does not know the upstream's."""

@@ -26,7 +26,7 @@ from relay.errors import (
 )
 from relay.logs import get_logger
 
-logger = get_logger("api")
+logger = get_logger()
 
 RETRY_SECONDS = 2
 REDIS_AWAY_DETAIL = "Redis is away or takes nothing in: try again in a few seconds."

@@ -20,7 +20,7 @@ from api.upgrade import NoUpgrade
 from relay.logs import get_logger
 from relay.settings import Settings
 
-logger = get_logger("api")
+logger = get_logger()
 
 CLOSE_SECONDS = 2
 """For what is still open after the drain: requests that wait for Redis, buffers to be flushed."""

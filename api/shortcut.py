@@ -22,7 +22,7 @@ from api.turnstile import Turnstile
 from relay.ids import is_stream_id
 from relay.logs import get_logger
 
-logger = get_logger("api")
+logger = get_logger()
 
 _BEFORE, _AFTER = "/streams/", "/events"
 _OF_THE_PROCESS = {"/healthz", "/readyz", "/metrics"}

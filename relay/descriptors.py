@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from relay.logs import get_logger
 
-logger = get_logger("descriptors")
+logger = get_logger()
 
 WATCH_SECONDS = 1.0
 SCARCE = 0.9

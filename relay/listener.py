@@ -12,7 +12,7 @@ from relay.connection import open_connection, reason
 from relay.logs import get_logger
 from relay.pipe import Opened, Replies
 
-logger = get_logger("listener")
+logger = get_logger()
 
 SILENCE_SECONDS = 1.0
 """After this long without a word from Redis it is asked for one; after twice that the connection

@@ -4,11 +4,12 @@ import logging
 import sys
 import time
 import traceback
+from contextlib import suppress
 from typing import Literal
 
 import structlog
 
-Logger = structlog.stdlib.BoundLogger
+Logger = structlog.typing.FilteringBoundLogger
 
 REPEAT_SECONDS = 5.0
 
@@ -17,13 +18,14 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
     """Send the process' own steps and the warnings of its libraries to stderr, one line each."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # Not by way of logging, which would double what a line costs: each question writes three.
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[_NotAgain(), *shared, *_renderers(log_format)],
+        logger_factory=_Stderr,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
@@ -37,39 +39,50 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
             ],
         )
     )
-    handler.addFilter(_NotAgain())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("relay").setLevel(logging.INFO)
     # At DEBUG these two would write what passes through them: prompts and answers.
     logging.getLogger("sse_starlette").setLevel(logging.WARNING)
     logging.getLogger("openai").setLevel(logging.WARNING)
 
 
-def get_logger(name: str) -> Logger:
-    logger: Logger = structlog.get_logger(f"relay.{name}")
+def get_logger() -> Logger:
+    logger: Logger = structlog.get_logger()
     return logger
 
 
-class _NotAgain(logging.Filter):
-    """A line of ours that names no stream is not written again for a while, though its numbers
-    differ: with Redis away, each part of a process would say so five times a second."""
+class _Stderr:
+    """Whoever has something to tell must not fail because nobody reads it, or because the disk is
+    full to which it goes."""
+
+    def info(self, line: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(line + "\n")
+
+    warning = error = critical = info
+
+
+class _NotAgain:
+    """A line that names no stream is not written again for a while, though its numbers differ: with
+    Redis away, each part of a process would say so five times a second."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._written: dict[str, float] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        said = record.msg
-        if record.levelno > logging.WARNING or not isinstance(said, dict) or "stream" in said:
-            return True
-        words = {k: v for k, v in said.items() if isinstance(v, str) and k != "timestamp"}
+    def __call__(
+        self, _: object, level: str, said: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        if level not in {"info", "warning"} or "stream" in said:
+            return said
+        words = {name: value for name, value in said.items() if isinstance(value, str)}
         line, now = str(words), time.monotonic()
         self._written = {
             each: when for each, when in self._written.items() if now - when < REPEAT_SECONDS
         }
-        return self._written.setdefault(line, now) == now
+        if self._written.setdefault(line, now) != now:
+            raise structlog.DropEvent
+        return said
 
 
 def _without_message(exc_info: structlog.typing.ExcInfo) -> str:

@@ -44,7 +44,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+
 # What is shown beside a deployment to be copied is the address of one kind of request.
 _TOO_MUCH = re.compile(r"^//|/deployments/|/completions/?$|/responses/?$")
 
-logger = get_logger("settings")
+logger = get_logger()
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -18,6 +18,7 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from structlog.testing import capture_logs
 
 from api.app import create_app
 from api.counters import GIVEN_UP
@@ -188,9 +189,16 @@ def given_up() -> float:
     return family.samples[0].value
 
 
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What our own lines say has happened."""
-    return [record.msg["event"] for record in caplog.records if isinstance(record.msg, dict)]
+@pytest.fixture
+def said() -> Iterator[list[Any]]:
+    """What our own lines say, each as its parts."""
+    with capture_logs() as lines:
+        yield lines
+
+
+def events_of(lines: list[Any]) -> list[str]:
+    """What they say has happened."""
+    return [line["event"] for line in lines]
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:

@@ -19,7 +19,7 @@ from relay.errors import StreamGone
 from relay.events import WHOLE, Event, text_of, to_json
 from relay.log import Log, Recovery
 from relay.settings import Settings
-from tests.conftest import append, asking, changed, make_claims, make_log, running_worker
+from tests.conftest import append, asking, changed, events_of, make_claims, make_log, running_worker
 from worker.claiming import CLAIMED_AT_ONCE, ClaimingWorker
 from worker.deliveries import Deliveries
 from worker.health import is_healthy
@@ -576,7 +576,7 @@ async def test_the_log_says_what_became_of_a_stream_that_is_handed_over(
     redis: Redis,
     log: Log,
     settings: Settings,
-    caplog: Any,
+    said: list[Any],
     recovery: Recovery,
     ended: str | None,
 ) -> None:
@@ -585,7 +585,7 @@ async def test_the_log_says_what_became_of_a_stream_that_is_handed_over(
         stream_id = (await log.create(asked, recovery=recovery)).stream_id
         await log_when(redis, log, stream_id, lambda event: event.kind == WHOLE)
         worker.handle_sig(signal.SIGTERM)
-    [told] = [record.msg for record in caplog.records if record.msg["event"] == "handed_over"]
+    [told] = [each for each in said if each["event"] == "handed_over"]
     assert (told["stream"], told["ended"]) == (stream_id, ended)
 
 
@@ -778,14 +778,14 @@ async def test_the_health_key_is_renewed_before_it_expires(
 
 
 async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
-    redis: Redis, settings: Settings, caplog: Any
+    redis: Redis, settings: Settings, said: list[Any]
 ) -> None:
     await redis.config_set("maxmemory-policy", "volatile-lru")
     try:
         async with running_worker(settings):
 
             async def warned() -> bool:
-                return "redis_evicts" in [record.msg.get("event") for record in caplog.records]
+                return "redis_evicts" in events_of(said)
 
             await until(warned)
     finally:
@@ -806,7 +806,7 @@ async def test_one_of_two_workers_on_a_host_may_end_and_the_host_is_still_health
 
 
 async def test_no_log_line_holds_a_prompt_or_an_answer(
-    redis: Redis, log: Log, settings: Settings, emulator: Emulator, capfd: Any, caplog: Any
+    redis: Redis, log: Log, settings: Settings, emulator: Emulator, capfd: Any
 ) -> None:
     quick = changed(settings, lease_seconds=0.3, stall_seconds=0.2, upstream_tries=1)
     scripts: list[dict[str, Any]] = [
@@ -824,7 +824,7 @@ async def test_no_log_line_holds_a_prompt_or_an_answer(
             await whole(redis, log, stream_id)
         handed = await create(log, text=["the-marker"], end="stall")
         await log_when(redis, log, handed, lambda event: "the-marker" in screen([event]))
-    written = "".join(capfd.readouterr()) + caplog.text
+    written = "".join(capfd.readouterr())
     assert handed in written
     assert all(stream_id in written for stream_id in ids)
     assert "the-marker" not in written

@@ -17,7 +17,7 @@ from tests.conftest import (
     ask,
     asking,
     changed,
-    logged,
+    events_of,
     running_api,
     running_worker,
     text_of,
@@ -316,7 +316,7 @@ async def test_closing_the_tab_cancels_only_where_the_request_asked_for_it(
 
 
 async def test_that_a_tab_closes_behind_a_stream_that_is_gone_is_no_error(
-    settings: Settings, redis: Redis, caplog: Any
+    settings: Settings, redis: Redis, said: list[Any]
 ) -> None:
     async with running_api(settings) as http:
         headers = {"x-on-disconnect": "cancel"}
@@ -326,17 +326,17 @@ async def test_that_a_tab_closes_behind_a_stream_that_is_gone_is_no_error(
             await redis.flushall()
 
         async def told() -> bool:
-            return "cancel_failed" in logged(caplog)
+            return "cancel_failed" in events_of(said)
 
         await until(told)
-    assert "internal_error" not in logged(caplog)
+    assert "internal_error" not in events_of(said)
 
 
 @pytest.mark.parametrize(
     "cancel", ["/streams/ID/cancel", "/v1/responses/resp_ID/cancel", "/api/chat/c/stop", ""]
 )
 async def test_an_operator_is_told_that_an_end_was_asked_for_in_whatever_way(
-    stack: httpx2.AsyncClient, cancel: str, caplog: Any
+    stack: httpx2.AsyncClient, cancel: str, said: list[Any]
 ) -> None:
     headers = {"x-on-disconnect": "continue" if cancel else "cancel"}
     body = chatting("c", chunks=1, end="stall")
@@ -345,11 +345,7 @@ async def test_an_operator_is_told_that_an_end_was_asked_for_in_whatever_way(
         if cancel:
             assert (await stack.post(cancel.replace("ID", stream_id))).is_success
     assert (await watch(stack, stream_id))[-1].event == "cancelled"
-    told = [
-        (record.msg["event"], record.msg["stream"])
-        for record in caplog.records
-        if record.name == "relay.api" and "cancel" in record.msg["event"]
-    ]
+    told = [(each["event"], each["stream"]) for each in said if "cancel_" in each["event"]]
     assert told == [("cancel_asked", stream_id)]
 
 

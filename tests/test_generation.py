@@ -1,8 +1,6 @@
 import asyncio
 import gc
 import hashlib
-import io
-import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -265,30 +263,24 @@ async def test_the_unexpected_is_told_as_internal_and_without_its_text(
 
 
 async def test_the_unexpected_puts_no_prompt_into_a_log_line(
-    log: NotedLog,
-    claims: Claims,
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
+    log: NotedLog, claims: Claims, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = io.StringIO()
-    monkeypatch.setattr(logging.getLogger().handlers[0], "stream", lines)
     claim = await claimed(log, claims, text=["the-marker"])
     await run(generation(claim, log, BrokenUpstream(settings)))
-    written = lines.getvalue()
+    written = capsys.readouterr().err
     assert "generation_died" in written
     assert "RuntimeError" in written
     assert "the-marker" not in written
 
 
 async def test_an_operator_reads_which_answer_failed_and_why(
-    log: NotedLog, claims: Claims, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    log: NotedLog, claims: Claims, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = io.StringIO()
-    monkeypatch.setattr(logging.getLogger().handlers[0], "stream", lines)
     claim = await claimed(log, claims, status=500)
     async with opened(changed(settings, upstream_tries=2)) as upstream:
         await run(generation(claim, log, upstream))
-    retry, failed = [line for line in lines.getvalue().splitlines() if claim.stream_id in line]
+    written = capsys.readouterr().err.splitlines()
+    retry, failed = [line for line in written if claim.stream_id in line]
     assert "level=warning" in retry
     assert "upstream_retry" in retry
     assert 'cause="HTTP 500"' in retry
@@ -301,11 +293,11 @@ async def test_an_operator_reads_which_answer_failed_and_why(
 
 
 async def test_an_operator_reads_how_long_an_answer_took_and_how_much_it_was(
-    log: NotedLog, claims: Claims, upstream: Upstream, caplog: Any
+    log: NotedLog, claims: Claims, upstream: Upstream, said: list[Any]
 ) -> None:
     claim = await claimed(log, claims, chunks=3, delay_ms=20)
     await run(generation(claim, log, upstream))
-    [end] = [each.msg for each in caplog.records if each.msg.get("event") == "completed"]
+    [end] = [each for each in said if each["event"] == "completed"]
     assert end["chunks"] == (await log.read(claim.stream_id))[-1].value()["chunks"]
     assert 0 < end["first_seconds"] < end["seconds"]
 

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from cli.redis_server import RedisServer
 from relay.connection import connect
 from relay.listener import Listener
-from tests.conftest import logged, redis_user
+from tests.conftest import events_of, redis_user
 from tests.listening import listening
 
 News = tuple[str | bytes, ...]
@@ -194,19 +194,19 @@ async def test_a_channel_that_redis_refuses_is_asked_for_again(
 
 
 async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(
-    redis: Redis, caplog: Any
+    redis: Redis, said: list[Any]
 ) -> None:
     ear = Ear(redis, "a")
     async with running(ear.listener):
         await ear.next()
         await kill_subscribers(redis)
         assert await ear.next(2) == [("lost",), ("subscribed", "a")]
-    lost, back = [record.msg for record in caplog.records]
-    assert (lost["event"], lost["level"]) == ("redis_lost", "warning")
+    lost, back = said
+    assert (lost["event"], lost["log_level"]) == ("redis_lost", "warning")
     assert (back["event"], back["seconds"] >= 0) == ("redis_back", True)
 
 
-async def test_a_redis_that_loads_its_data_is_away_until_it_has(caplog: Any) -> None:
+async def test_a_redis_that_loads_its_data_is_away_until_it_has(said: list[Any]) -> None:
     loads = True
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -226,7 +226,7 @@ async def test_a_redis_that_loads_its_data_is_away_until_it_has(caplog: Any) -> 
                 pass
             assert news == [("subscribed", "a")]
             assert not ear.listener.away
-    told = logged(caplog)
+    told = events_of(said)
     assert told == ["redis_lost"] * (len(told) - 1) + ["redis_back"]
 
 

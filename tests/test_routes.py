@@ -24,7 +24,7 @@ from tests.conftest import (
     ask,
     asking,
     changed,
-    logged,
+    events_of,
     make_claims,
     make_log,
     reported_before,
@@ -250,7 +250,7 @@ async def test_an_api_knows_the_model_without_a_key(settings: Settings) -> None:
 
 
 async def test_a_full_queue_is_told_before_a_stream_exists(
-    settings: Settings, redis: Redis, caplog: Any
+    settings: Settings, redis: Redis, said: list[Any]
 ) -> None:
     async with running_api(changed(settings, queue_limit=2)) as api:
         for _ in range(2):
@@ -260,7 +260,7 @@ async def test_a_full_queue_is_told_before_a_stream_exists(
         assert code(response, 503) == "queue_full"
         assert int(response.headers["retry-after"]) > 0
         assert await redis.dbsize() == before
-    assert "queue_full" in logged(caplog)
+    assert "queue_full" in events_of(said)
 
 
 async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) -> None:

@@ -11,7 +11,7 @@ from relay.errors import StreamLost
 from relay.log import Appended, Batch, Log
 from relay.logs import get_logger
 
-logger = get_logger("appender")
+logger = get_logger()
 
 ENTRIES_AT_ONCE = 1000
 BYTES_AT_ONCE = 256 * 1024

@@ -31,7 +31,7 @@ from relay.settings import Settings
 from worker.deliveries import Deliveries
 from worker.health import health_key
 
-logger = get_logger("worker")
+logger = get_logger()
 
 CLAIMED_AT_ONCE = 4
 """What is begun together also answers together, all of it late: each waits for every other's first

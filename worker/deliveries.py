@@ -15,7 +15,7 @@ from relay.webhooks import Target, Webhooks, payload
 from worker.post import Answer, NoAnswer, Post
 from worker.retry import delay_before
 
-logger = get_logger("deliveries")
+logger = get_logger()
 
 MOST = 50
 MOST_TO_THE_SLOW = 20

@@ -21,7 +21,7 @@ from relay.logs import get_logger
 from relay.settings import Settings, UpstreamSettings
 from worker.http1 import Http1
 
-logger = get_logger("upstream")
+logger = get_logger()
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 30.0

@@ -15,7 +15,7 @@ from worker.appender import Appender
 from worker.failures import Refused
 from worker.upstream import Upstream
 
-logger = get_logger("generation")
+logger = get_logger()
 
 MOST_BYTES = 64 * 1024 * 1024
 """Of one answer, as it is kept: a model that never ends must not take the memory of all."""

@@ -9,7 +9,7 @@ from relay.connection import connect, reason
 from relay.logs import get_logger
 from relay.settings import Settings
 
-logger = get_logger("worker")
+logger = get_logger()
 
 
 def health_key() -> str:

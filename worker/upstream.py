@@ -19,7 +19,7 @@ from worker.http1 import pour
 from worker.retry import delay_before
 from worker.sse import Decoder
 
-logger = get_logger("upstream")
+logger = get_logger()
 
 FIRST_RETRY_SECONDS = 0.5
 MOST_RETRY_SECONDS = 20.0
