@@ -159,6 +159,9 @@ class LongResponse(Response):
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:
+        if self._line is not None and not self._line.full:
+            await send(message)  # It waits for nothing, and a timer costs more than it does.
+            return
         async with asyncio.timeout(self._pace.write_seconds):
             await send(message)
 

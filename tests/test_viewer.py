@@ -12,6 +12,7 @@ from api.chat_completions import ChatCompletionViewer
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
 from api.held_viewer import HeldViewer, TextViewer
 from api.hub import Hub
+from api.line import chunk_of
 from api.long_response import Pace
 from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts
@@ -318,12 +319,14 @@ async def test_an_end_that_is_not_taken_aborts_the_connection_too(
     watching = viewer(hub, log, write_seconds=0.05)
 
     async def all_but_the_end(scope: Scope, receive: Receive, send: Send) -> None:
-        async def stuck_at_the_end(message: Message) -> None:
-            if message.get("more_body") is False:
-                await asyncio.Event().wait()
-            await send(message)
+        async def full_before_the_end(message: Message) -> None:
+            if b"completed" in message.get("body", b""):
+                taker.reading.clear()
+                taker.write(chunk_of(message["body"]))
+            else:
+                await send(message)
 
-        await watching(scope, receive, stuck_at_the_end)
+        await watching(scope, receive, full_before_the_end)
 
     async with viewing(all_but_the_end) as taker, asyncio.timeout(5):
         log.add(ENDS)
