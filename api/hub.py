@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from itertools import chain
 from typing import Any
 
 from redis.asyncio import Redis
@@ -58,8 +57,8 @@ class Hub:
         """Those whose log is being read for the first time."""
         self._unborn: set[Feed] = set()
         """Those whose stream is still to be created: there is nothing to read."""
-        self._subscribing: dict[str, list[asyncio.Future[None]]] = {}
-        """Those who wait until a channel stands: two, if a feed was let go of and made anew."""
+        self._subscribing: dict[str, asyncio.Future[None]] = {}
+        """Settled when a channel stands. Two wait for it, if a feed was erased and made anew."""
         self._reading: set[Feed] = set()
         """Those that are being brought up to date."""
         self._stale: set[Feed] = set()
@@ -123,10 +122,11 @@ class Hub:
         return feed
 
     def born(self, feed: Feed, *, heard: bool) -> None:
-        """`heard`: whether its channel had a subscriber at its birth (Created.heard)."""
+        """`heard`: whether its channel had a subscriber at its birth (Created.heard). If not, it is
+        read now, and once more if its channel stands only then."""
         self._unborn.discard(feed)
         if not heard or feed in self._stale:
-            self._start(self._overtake(feed))
+            self._start(self._catch_up(feed))
 
     def leave(self, feed: Feed) -> None:
         feed.viewers -= 1
@@ -163,8 +163,7 @@ class Hub:
         self._listener.add(channel)
         if self.connected:
             stands: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._subscribing.setdefault(channel, []).append(stands)
-            await stands
+            await self._subscribing.setdefault(channel, stands)
 
     async def _read_first(self, feed: Feed) -> None:
         """First the channel, then the log: what comes between the two is in both."""
@@ -186,14 +185,6 @@ class Hub:
                 self._let_go(feed)
             elif feed in self._stale:
                 self._start(self._catch_up(feed))
-
-    async def _overtake(self, feed: Feed) -> None:
-        """Of one that was born before its channel stood."""
-        if self._feeds.get(feed.stream_id) is not feed:
-            # Let go of already, and its channel dropped: one that is asked for now would stay.
-            return
-        await self._subscribe(feed)
-        await self._catch_up(feed)
 
     async def _catch_up(self, feed: Feed) -> None:
         """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
@@ -258,9 +249,8 @@ class Hub:
 
     def _subscribed(self, channel: str) -> None:
         """What was published before the subscription stood is only in the log."""
-        if waiting := self._subscribing.pop(channel, None):
-            for stands in waiting:
-                settle(stands, None)
+        if stands := self._subscribing.pop(channel, None):
+            settle(stands, None)
         elif (feed := self._feed_of(channel)) and feed not in self._unborn:
             self._start(self._catch_up(feed))
 
@@ -280,7 +270,7 @@ class Hub:
         """What is erased from now on goes unheard here, so nothing may be kept."""
         self._finished.clear()
         self._stale |= self._unborn
-        for stands in chain(*self._subscribing.values()):
+        for stands in self._subscribing.values():
             settle(stands, None)
         self._subscribing.clear()
 
