@@ -184,8 +184,6 @@ class Feed:
         """Write each event of these kinds, as it comes, to a viewer that has all before it, and
         `heartbeat` after so many seconds of none; until there is something for the viewer itself to
         do, its line is full, or `unless` is done. Returns the index from which it goes on."""
-        if unless.done():
-            return len(self.events)
         riders = self._riders.get(wire)
         if riders is None:
             riders = self._riders[wire] = Riders(heartbeat, seconds, kinds)
@@ -215,8 +213,6 @@ async def any_changed(
     feeds: Sequence[Feed], seconds: float, *, unless: asyncio.Future[Any]
 ) -> bool:
     """Wait for news in any of them or for `unless` to be done; False after `seconds` of neither."""
-    if unless.done():
-        return True
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[bool] = loop.create_future()
     for feed in feeds:
