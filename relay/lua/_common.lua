@@ -72,7 +72,6 @@ end
 -- last attempt than a Redis that lost its tail.
 local function close_unowned(id, log, state, channel, leases, job, webhooks, ended, retention_ms,
     kind, data)
-  redis.call('HDEL', state, 'owner', 'cancel')
   append(log, state, channel, next_attempt(state), 0, { kind, data })
   close(id, state, leases, job, webhooks, ended, kind, data)
   keep(id, retention_ms, log, state)
