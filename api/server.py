@@ -58,9 +58,7 @@ class Server(uvicorn.Server):
         parts.hub.drain()
         await self._stay(parts.settings.drain_seconds)
         for connection in list(self.server_state.connections):
-            if self.force_exit:
-                connection.transport.abort()
-            elif isinstance(connection, Bounded):
+            if isinstance(connection, Bounded):
                 connection.take_no_more()
         await super().shutdown(sockets)
 

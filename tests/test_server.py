@@ -21,13 +21,17 @@ from api.server import SEND_BYTES, Connection, Server, create_server
 from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay import keys
+from relay.events import STARTED, TEXT, entry
 from relay.settings import MIB, Settings
 from tests.conftest import (
     FEW,
+    append,
     asking,
     changed,
     few_descriptors,
     given_up,
+    make_claims,
+    make_log,
     running_worker,
     until,
     warning_of_few_descriptors,
@@ -366,6 +370,16 @@ async def stuck_at(port: int, request: bytes) -> socket.socket:
     await loop.sock_connect(stuck, ("127.0.0.1", port))
     await loop.sock_sendall(stuck, request)
     return stuck
+
+
+async def much_said(redis: Redis) -> str:
+    """A stream that goes on, with more in it than a connection holds."""
+    log = make_log(redis)
+    stream_id = (await log.create({"messages": []})).stream_id
+    [claim] = await make_claims(redis).claim(1)
+    start = entry(STARTED, {"attempt": 1, "model": "m"})
+    await append(log, claim, 0, [start, *[entry(TEXT, "x" * 20_000)] * 100])
+    return stream_id
 
 
 @pytest.mark.parametrize("found_by", ["us", pytest.param("the kernel", marks=LINUX)])
@@ -782,7 +796,7 @@ async def api_process(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_ends_at_once(
+async def test_a_second_signal_ends_at_once_whether_viewers_take_what_they_are_sent_or_not(
     redis: Redis, redis_server: RedisServer, number: signal.Signals
 ) -> None:
     async with (
@@ -790,14 +804,21 @@ async def test_a_second_signal_ends_at_once(
         connected(port) as (reader, writer),
         asyncio.timeout(20),
     ):
-        writer.write(events(await ask(port)))
-        await reader.readuntil(b"queued")
-        process.send_signal(signal.SIGTERM)
-        await until(lambda: answers(port, b"HTTP/1.1 503"))
-        assert process.returncode is None
-        process.send_signal(number)
-        async with asyncio.timeout(5):
-            await process.wait()
+        stream_id = await much_said(redis)
+        with await stuck_at(port, events(stream_id)):
+            await until(lambda: watches(port, stream_id))
+            writer.write(events(await ask(port)))
+            await reader.readuntil(b"queued")
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: answers(port, b"HTTP/1.1 503"))
+            assert process.returncode is None
+            process.send_signal(number)
+            async with asyncio.timeout(5):
+                await process.wait()
+
+
+async def watches(port: int, stream_id: str) -> bool:
+    return b'"viewers":1' in await exchange(port, get(f"/streams/{stream_id}", "connection: close"))
 
 
 @pytest.mark.parametrize("path", ["/chat", "/v1/responses"])
