@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from tests.conftest import (
     append,
     asking,
     changed,
+    events_of,
     few_descriptors,
     given_up,
     make_claims,
@@ -293,6 +295,40 @@ async def test_a_request_that_waits_behind_a_response_is_not_blamed_for_it(
             assert b" 202 " in await reader.readline()
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("answered", ["in part", "whole"])
+async def test_who_owes_a_body_for_which_no_answer_waits_is_cut_off_without_another_answer(
+    settings: Settings, answered: str
+) -> None:
+    async with serving(settings) as served:
+        if answered == "whole":
+            request, said = post(b"{}").replace(b"/chat", b"/nothing")[:-1], b"}"
+        else:
+            request, said = events(await ask(served.port), "content-length: 1"), b"queued"
+        async with connected(served.port) as (reader, writer), asyncio.timeout(5):
+            writer.write(request)
+            await reader.readuntil(said)
+            rest = b""
+            with suppress(ConnectionResetError):
+                rest = await reader.read()
+        assert b"HTTP/1.1" not in rest
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_neither_takes_an_answer_nor_sends_its_next_request_is_cut_off(
+    settings: Settings, redis: Redis
+) -> None:
+    async with serving(settings) as served:
+        with await stuck_at(served.port, get(f"/streams/{await much_said(redis)}")) as stuck:
+
+            async def answered_in_vain() -> bool:
+                return any(c.transport.get_write_buffer_size() for c in served.connections)
+
+            await until(answered_in_vain)
+            stuck.send(b"GET /")
+            await served.gone()
+
+
 async def test_a_question_that_is_broken_off_is_not_asked_even_if_it_could_be(
     settings: Settings, redis: Redis
 ) -> None:
@@ -356,6 +392,33 @@ async def test_a_last_request_with_such_an_offer_has_its_body_too(settings: Sett
         asked = offering(post(json.dumps(asking()).encode()))
         said = await exchange(served.port, asked.replace(b": Upgrade", b": close, Upgrade"))
         assert said.startswith(b"HTTP/1.1 202")
+
+
+async def test_who_asks_for_a_websocket_is_answered_by_http(settings: Settings) -> None:
+    offer = ("connection: Upgrade", "upgrade: websocket", "sec-websocket-version: 13")
+    request = get("/healthz", *offer, "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==")
+    async with serving(settings) as served:
+        assert await statuses(served.port, request) == [b"200", b"200"]
+
+
+# What is told.
+
+
+async def test_a_response_does_not_say_what_serves_it(settings: Settings) -> None:
+    async with serving(settings) as served:
+        said = await exchange(served.port, get("/healthz", "connection: close"))
+    assert said.startswith(b"HTTP/1.1 200")
+    assert b"\r\nserver:" not in said.lower()
+
+
+async def test_no_line_of_the_log_holds_the_query_of_a_request(
+    settings: Settings, caplog: pytest.LogCaptureFixture, said: list[Any]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serving(settings) as served:
+        await exchange(served.port, get("/healthz?word=SECRET", "connection: close"))
+    assert "api_ready" in events_of(said)
+    assert "SECRET" not in caplog.text + str(said)
 
 
 # Peers that do not take what they asked for.
