@@ -445,21 +445,28 @@ async def test_a_notice_is_a_comment_once_for_each_that_is_there_and_no_event(hu
         log.feed.notice(b"Redis is away")
         for taker in there:
             await taker.has(b": Redis is away\n\n")
-        async with viewing(viewer(hub, log)) as late:
+        async with (
+            viewing(viewer(hub, log)) as late,
+            viewing(several_viewer(hub, [log])) as late_of_several,
+        ):
+            everybody = (*there, late, late_of_several)
             log.add(ENDS)
-            for taker in (*there, late):
+            for taker in everybody:
                 await taker.has(b"completed")
-    assert [taker.body.count(b"Redis is away") for taker in (*there, late)] == [1, 1, 1, 0]
+    assert [taker.body.count(b"Redis is away") for taker in everybody] == [1, 1, 1, 0, 0]
     assert [frame.event for frame in one.frames] == ["started", "completed"]
 
 
 async def test_a_notice_comes_though_the_cursor_is_not_yet_reached(hub: Hub) -> None:
     log = Log()
     ahead = NativeViewer(hub, log.feed, Cursor(1, 5), Pace(60, 60, 0))
-    async with viewing(ahead) as taker:
-        await taker.has(b"retry")
+    of_several = several_viewer(hub, [log], Cursor(1, 5))
+    async with viewing(ahead) as one, viewing(of_several) as two:
+        for taker in (one, two):
+            await taker.has(b"retry")
         log.feed.notice(b"Redis is away")
-        await taker.has(b": Redis is away\n\n")
+        for taker in (one, two):
+            await taker.has(b": Redis is away\n\n")
 
 
 async def test_no_notice_is_mixed_into_text(hub: Hub) -> None:
