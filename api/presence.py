@@ -21,7 +21,8 @@ class Presence:
         self._hub = hub
         self._log = log
         self._process = process
-        self._reported: dict[str, int] = {}
+        self._reported: dict[str, int | None] = {}
+        """None where nothing was heard of a report, which may have arrived all the same."""
         self._refreshed = 0.0
 
     async def run(self) -> None:
@@ -37,9 +38,10 @@ class Presence:
             }
             if not news:
                 continue
+            self._reported |= dict.fromkeys(news)
             with suppress(RedisError):  # The next round says it again.
                 await self._log.report_viewers(self._process, news)
-                self._reported = counts
+                self._reported = dict(counts)
                 self._refreshed = time.monotonic() if refresh else self._refreshed
 
     async def withdraw(self) -> None:
