@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import sys
+from asyncio import StreamReader, StreamWriter
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,9 @@ from redis.asyncio import Redis
 
 from cli.processes import module_env, spawn
 from cli.redis_server import RedisServer, find_redis_server
-from cli.supervisor import FRONT, STORE, UPSTREAM, Child, Supervisor, says
+from cli.supervisor import FRONT, STORE, UPSTREAM, Child, Supervisor, answers_at, says
+from tests.listening import listening
+from tests.receiver import answer
 from tests.test_redis_server import watch
 
 SLEEPS = "import time; time.sleep(60)"
@@ -167,6 +170,19 @@ async def test_a_child_that_is_never_ready_brings_everything_down(
     monkeypatch.setattr("cli.supervisor.READY_SECONDS", 0.1)
     child = Child("mute", [sys.executable, "-c", SLEEPS], os.environ, says("up"), piped=True)
     assert await outcome(child) == "mute was not ready within 0 s."
+
+
+async def test_a_child_is_not_ready_while_it_answers_that_it_is_not() -> None:
+    statuses = [503, 404, 200]
+
+    async def talk(reader: StreamReader, writer: StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer(statuses.pop(0)))
+
+    async with listening(talk) as port:
+        ready = answers_at(f"http://127.0.0.1:{port}")
+        async with running(Child("api", [sys.executable, "-c", SLEEPS], os.environ, ready)):
+            assert statuses == []
 
 
 async def test_stop_ends_the_children_in_the_order_of_their_stages(tmp_path: Path) -> None:
