@@ -159,6 +159,19 @@ async def test_a_call_holds_so_many_entries_and_whoever_has_more_waits_for_the_o
     assert await texts(counted, long) == [str(number) for number in range(24)]
 
 
+async def test_a_call_holds_so_many_bytes_of_all_together_and_whoever_has_more_waits(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = await writers(redis, counted, 4)
+    each = sum(len(data) for _, data in (entry(STARTED, {"attempt": 1}), entry(TEXT, "x" * 40)))
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 2 * each + 1)
+    for writer in some:
+        writer.say("x" * 40)
+    for writer in some:
+        await writer.stands()
+    assert counted.calls == [[2, 2, 1], [2, 1]]
+
+
 async def test_calls_that_fail_are_repeated_and_nothing_stands_twice(
     redis: Redis, counted: CountedLog
 ) -> None:
