@@ -199,21 +199,28 @@ async def test_what_is_wrong_with_one_stream_stops_no_other(
         await lost.lost.wait()
     assert await texts(counted, sound) == ["a"]
     assert not wrong.all_stands.is_set()
+    wrong.say("b")
     await redis.rename("aside", log)
     await wrong.stands()
+    assert await texts(counted, wrong) == ["a", "b"]
 
 
-async def test_what_redis_refuses_is_not_sent_again_at_once(
+async def test_what_redis_refuses_is_not_sent_again_at_once_and_nobody_else_waits_for_it(
     redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 60)
-    [wrong] = await writers(redis, counted, 1)
+    wrong, sound = await writers(redis, counted, 2)
     await redis.set(keys.log(wrong.claim.stream_id), "no stream")
+    counted.open.clear()
     wrong.say("a")
     await counted.called.wait()
-    for _ in range(50):
-        await redis.ping()
-    assert counted.calls == [[2]]
+    wrong.say("b")  # Before it is known that the first was refused.
+    counted.open.set()
+    for text in "abc":
+        wrong.say(text)
+        sound.say(text)
+        await sound.stands()
+    assert counted.calls == [[2], [2], [1], [1]]
 
 
 async def test_what_is_wrong_with_many_streams_is_told_in_one_line(

@@ -1,7 +1,6 @@
 """The appender: what the generations of this process have lined up goes to Redis together."""
 
 import asyncio
-from collections.abc import Iterable
 from typing import Protocol
 
 from redis.exceptions import RedisError, ResponseError
@@ -44,11 +43,15 @@ class Appender:
         self._waiting: dict[Writer, None] = {}
         self._taken: dict[Writer, Batch] = {}
         """By the last call."""
+        self._put_off: dict[Writer, ResponseError] = {}
+        """Those whom Redis refused alone, until all of them try again together."""
         self._next_call = 0.0
         """By the loop's clock, not before."""
         self._appending: asyncio.Task[None] | None = None
 
     def line_up(self, writer: Writer) -> None:
+        if writer in self._put_off:
+            return
         self._waiting[writer] = None
         if self._appending is None or self._appending.done():
             self._appending = asyncio.create_task(self._append())
@@ -81,23 +84,27 @@ class Appender:
             outcomes = await self._log.append(list(self._taken.values()))
         except RedisError as error:
             logger.warning("append_failed", streams=len(self._taken), error=reason(error))
-            await self._later(self._taken)
+            self._waiting = dict.fromkeys(self._taken) | self._waiting
+            await asyncio.sleep(REDIS_RETRY_SECONDS)
             return
         refused: dict[Writer, ResponseError] = {}
         for writer, outcome in zip(self._taken, outcomes, strict=True):
             if isinstance(outcome, ResponseError):
                 refused[writer] = outcome
+                self._waiting.pop(writer, None)  # It may have lined up more meanwhile.
             else:
                 writer.settle(outcome)
         if refused:
             example = str(next(iter(refused.values())))
             logger.warning("append_refused", streams=len(refused), error=example)
-            await self._later(refused)
+            if not self._put_off:
+                asyncio.get_running_loop().call_later(REDIS_RETRY_SECONDS, self._try_again)
+            self._put_off |= refused
 
-    async def _later(self, failed: Iterable[Writer]) -> None:
-        """Put them back in front, and give Redis time."""
-        self._waiting = dict.fromkeys(failed) | self._waiting
-        await asyncio.sleep(REDIS_RETRY_SECONDS)
+    def _try_again(self) -> None:
+        put_off, self._put_off = self._put_off, {}
+        for writer in put_off:
+            self.line_up(writer)
 
     def _ended(self, appending: asyncio.Task[None]) -> None:
         if not appending.cancelled() and (error := appending.exception()) is not None:
