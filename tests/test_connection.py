@@ -1,4 +1,6 @@
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from cli.redis_server import RedisServer, find_redis_server
 from relay import keys
 from relay.connection import (
+    CONNECT_SECONDS,
     REPLY_SECONDS,
     WAIT_SECONDS,
+    Lean,
     Piped,
     connect,
     open_connection,
@@ -24,9 +28,9 @@ from relay.connection import (
 )
 from relay.errors import StreamGone
 from relay.events import COMPLETED, STARTED, entry
-from relay.pipe import Replies
+from relay.pipe import Pipe, Replies
 from tests.conftest import append, make_claims, make_log, redis_user, until
-from tests.listening import listening
+from tests.listening import listening, silent
 from tests.redis_process import running_redis
 from tests.test_post import tls
 
@@ -54,6 +58,64 @@ async def test_a_redis_that_does_not_answer_is_not_waited_for() -> None:
     ):
         with pytest.raises(RedisTimeoutError):
             await redis.ping()
+
+
+LONG = b"x" * 2**25
+"""More than the sockets between us and Redis hold."""
+
+
+@asynccontextmanager
+async def stalling() -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """The URL of a Redis that hangs once it has greeted, so that what is sent to it stays on its
+    way; and whether any has come."""
+    begun = asyncio.Event()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"+PONG\r\n")
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5), listening(greet) as port:
+        yield f"redis://127.0.0.1:{port}", begun
+
+
+async def test_a_redis_that_takes_nothing_in_is_not_waited_for_either() -> None:
+    async with stalling() as (url, _), connect(url, reply_seconds=0.1) as redis:
+        with pytest.raises(RedisTimeoutError):
+            await redis.set("a", LONG)
+        with pytest.raises(RedisTimeoutError, match="takes nothing in"):
+            await written(redis, LONG)
+        assert not any(each.is_connected for each in idle(redis))
+
+
+async def test_a_transaction_that_is_cancelled_leaves_no_half_of_a_command_to_the_next() -> None:
+    async with stalling() as (url, begun), connect(url) as redis:
+        writing = asyncio.create_task(written(redis, LONG))
+        await begun.wait()
+        writing.cancel()
+        await asyncio.wait([writing])
+        assert not any(each.is_connected for each in idle(redis))
+
+
+async def test_a_connection_that_breaks_under_a_transaction_is_a_redis_error(redis: Redis) -> None:
+    connection: Any = await redis.connection_pool.get_connection()
+    connection._writer.transport.abort()
+    with pytest.raises(RedisConnectionError):
+        await connection.send_command("PING")
+    assert not connection.is_connected
+    await redis.connection_pool.release(connection)
+
+
+async def test_where_one_connection_was_cut_none_that_lies_idle_is_trusted(redis: Redis) -> None:
+    pool = redis.connection_pool
+    one, two, three = [await pool.get_connection() for _ in range(3)]
+    for each in (one, two):
+        await pool.release(each)
+    assert all(each.is_connected for each in (one, two))
+    await three.disconnect()
+    await pool.release(three)
+    assert not any(each.is_connected for each in idle(redis))
 
 
 async def test_a_transaction_does_not_wait_for_a_free_connection_for_ever(
@@ -88,6 +150,7 @@ async def test_what_callers_count_on_holds_whatever_the_url_says(
     redis_server: RedisServer,
 ) -> None:
     options = "socket_timeout=30&max_connections=1000&timeout=30&protocol=3&decode_responses=yes"
+    options += "&socket_connect_timeout=30"
     async with connect(f"{redis_server.url}&{options}", connections=2) as redis:
         assert await redis.zadd("z", {"a": 1}) == 1
         async with redis.pipeline() as pipe:
@@ -95,7 +158,9 @@ async def test_what_callers_count_on_holds_whatever_the_url_says(
             assert await pipe.execute() == [[(b"a", 1.0)]]
         pool: Any = redis.connection_pool
         assert (pool.max_connections, pool.timeout) == (2, WAIT_SECONDS)
-        assert [each.socket_timeout for each in idle(redis)] == [REPLY_SECONDS]
+        [each] = idle(redis)
+        limits = (each.socket_timeout, each.socket_connect_timeout)
+        assert limits == (REPLY_SECONDS, CONNECT_SECONDS)
         await redis.delete("z")
 
 
@@ -140,9 +205,9 @@ async def test_a_script_finds_out_as_well_that_its_redis_is_the_master_no_more(
         assert before.closed
 
 
-async def written(redis: Redis) -> list[Any]:
+async def written(redis: Redis, value: bytes = b"2") -> list[Any]:
     async with redis.pipeline() as pipe:
-        pipe.set("a", 2)
+        pipe.set("a", value)
         answers: list[Any] = await pipe.execute()
         return answers
 
@@ -202,8 +267,9 @@ async def test_a_connection_that_breaks_is_told_to_all_who_wait_and_made_anew(
     async with connect(redis_server.url) as ours:
         number = await ours.client_id()
         await redis.client_pause(1000, all=False)  # What writes has to wait.
-        calls = [asyncio.ensure_future(ours.incr("n")) for _ in range(10)]
+        left, *calls = [asyncio.ensure_future(ours.incr("n")) for _ in range(10)]
         await until(lambda: is_blocked(redis))
+        left.cancel()
         await redis.client_kill_filter(_id=str(number))
         await asyncio.wait(calls)
         assert {type(call.exception()) for call in calls} == {RedisConnectionError}
@@ -216,7 +282,9 @@ class Silent(Replies):
         pass
 
 
-def test_what_is_sent_on_a_connection_that_broke_harms_nobody(redis_server: RedisServer) -> None:
+def test_what_is_sent_on_a_connection_that_broke_harms_nobody(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """By uvloop, which raises where asyncio's own loop says nothing."""
 
     async def send() -> None:
@@ -225,15 +293,35 @@ def test_what_is_sent_on_a_connection_that_broke_harms_nobody(redis_server: Redi
             ear.close()
             await asyncio.wait([ear.lost])
             ear.send("PING")
-            connection = await open_connection(redis)
-            assert connection._writer is not None
-            connection._writer.transport.abort()
-            await asyncio.sleep(0)
-            late = Silent(connection)
-            await asyncio.wait([late.lost])
-            late.send("PING")
+            for turns in range(2):  # In the second it is no more to be told.
+                connection = await broken(redis)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                late = Silent(connection)
+                await asyncio.wait([late.lost])
+                late.send("PING")
 
     uvloop.run(send())
+    assert not caplog.records
+
+
+async def broken(redis: Redis) -> Lean:
+    """One that nobody was told of yet."""
+    connection = await open_connection(redis)
+    assert connection._writer is not None
+    connection._writer.transport.abort()
+    return connection
+
+
+async def test_a_call_on_a_connection_that_broke_as_it_was_opened_is_told_so_at_once(
+    redis: Redis,
+) -> None:
+    pipe = Pipe(await broken(redis), reply_seconds=60)
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            with pytest.raises(RedisConnectionError):
+                await pipe.call("PING")
+            await asyncio.wait([pipe.lost])
 
 
 async def test_callers_that_come_together_open_one_connection(
@@ -242,6 +330,32 @@ async def test_callers_that_come_together_open_one_connection(
     async with connect(redis_server.url) as ours:
         numbers = await asyncio.gather(*(ours.client_id() for _ in range(20)))
     assert len(set(numbers)) == 1
+
+
+async def test_who_goes_while_a_connection_is_opened_takes_it_from_nobody(
+    redis_server: RedisServer,
+) -> None:
+    async with connect(redis_server.url) as ours:
+        first, second = [asyncio.ensure_future(ours.ping()) for _ in range(2)]
+        await asyncio.sleep(0)
+        first.cancel()
+        assert await second
+        assert first.cancelled()
+
+
+async def test_a_client_that_is_closed_while_it_connects_waits_for_nothing_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("relay.connection.CONNECT_SECONDS", 60)
+    before = asyncio.all_tasks()
+    with silent() as port:
+        async with asyncio.timeout(5), connect(f"redis://127.0.0.1:{port}") as redis:
+            call = asyncio.ensure_future(redis.ping())
+            for _ in range(3):
+                await asyncio.sleep(0)  # It connects now.
+        assert asyncio.all_tasks() - before <= {call}
+    await asyncio.wait([call])
+    assert not caplog.records
 
 
 async def test_an_answer_that_takes_too_long_ends_the_connection(
@@ -283,10 +397,47 @@ async def test_a_call_that_came_while_another_had_its_time_is_not_waited_for_eit
         await redis.client_unpause()
 
 
-async def test_a_redis_that_is_away_is_a_redis_error() -> None:
+async def test_a_redis_that_hangs_is_given_up_however_many_calls_still_come(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with connect(redis_server.url, reply_seconds=0.2) as ours, asyncio.timeout(5):
+        await ours.ping()
+        await redis.client_pause(5000, all=False)  # What writes has to wait.
+        calls = [asyncio.ensure_future(ours.incr("n"))]
+        while not calls[0].done():
+            calls.append(asyncio.ensure_future(ours.incr("n")))
+            await asyncio.wait(calls[:1], timeout=0.05)
+        await asyncio.wait(calls)
+        assert {type(call.exception()) for call in calls} == {RedisTimeoutError}
+        await redis.client_unpause()
+
+
+async def test_a_connection_on_which_nobody_waits_is_kept_and_still_found_out_when_it_hangs(
+    redis: Redis, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connect(redis_server.url, reply_seconds=0.2) as ours, asyncio.timeout(5):
+        number = await ours.client_id()
+        assert isinstance(ours, Piped)
+        pipe = ours._pipe
+        assert pipe is not None
+
+        async def looked_after() -> bool:
+            return pipe._timer is None
+
+        await until(looked_after)
+        assert await ours.client_id() == number
+        assert not caplog.records
+        await redis.client_pause(5000, all=False)  # What writes has to wait.
+        with pytest.raises(RedisTimeoutError):
+            await ours.incr("n")
+        await redis.client_unpause()
+
+
+async def test_a_redis_that_is_away_is_a_redis_error(caplog: pytest.LogCaptureFixture) -> None:
     async with connect("unix:///nowhere/redis.sock") as redis:
         with pytest.raises(RedisError):
             await redis.ping()
+    assert not caplog.records
 
 
 async def test_a_call_that_is_cancelled_ends_at_whatever_step(redis: Redis) -> None:
@@ -367,6 +518,22 @@ async def test_who_may_not_publish_leaves_nothing_half_done(
         await log.erase(waiting)
         with pytest.raises(StreamGone):
             await log.read(waiting)
+
+
+async def test_a_connection_that_is_not_let_in_is_closed(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with (
+        redis_user(redis, redis_server, *ALL_RIGHTS, "-ping") as url,
+        connect(url) as client,
+    ):
+        with pytest.raises(ResponseError):
+            await open_connection(client)
+
+        async def closed() -> bool:
+            return len(await redis.client_list()) == 1
+
+        await until(closed)
 
 
 async def test_what_redis_refuses_is_told_in_its_own_words(

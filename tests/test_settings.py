@@ -292,7 +292,7 @@ def test_a_stream_may_not_expire_before_its_lease_is_swept(
 @pytest.mark.parametrize(
     "url",
     [
-        "redis://:pw@host:1/2",
+        "redis://:pw@host:1/12",
         "rediss://host",
         "rediss://host?ssl_cert_reqs=none&health_check_interval=30",
         "redis://host?socket_timeout=5&max_connections=20",
