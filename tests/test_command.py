@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,14 +17,18 @@ import pytest
 import typer
 
 from cli import main
-from cli.processes import end_with_parent, free_port
+from cli.processes import base_url, end_with_parent, free_port
 from cli.redis_server import find_redis_server
 from emulator.script import prompt
 from relay import keys
 from relay.client import Client, Update
 from relay.connection import connect
+from relay.ids import new_stream_id
+from relay.settings import Settings
 from tests.conftest import ROOT, ask
 from tests.redis_process import running_redis
+
+ID = new_stream_id()
 
 
 @pytest.fixture
@@ -171,6 +176,9 @@ async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_pa
     stream_id = printed.split("stream ")[1].split()[0]
     watch = await relay("watch", stream_id, folder=tmp_path, RELAY_URL=url)
     assert await output(watch) == "Héllo\n"
+    cyrillic = {"RELAY_URL": url, "PYTHONIOENCODING": "iso8859-5"}
+    elsewhere = await relay("watch", stream_id, folder=tmp_path, **cyrillic)
+    assert await output(elsewhere) == "H?llo\n"
     link = f"{url}/#{stream_id}"
     cancel = await relay("cancel", link, folder=tmp_path, RELAY_URL=url)
     assert await output(cancel) == "completed\n"
@@ -185,10 +193,15 @@ async def test_whoever_leaves_a_chat_is_told_that_the_answer_goes_on(
     printed = (await chat.stdout.readuntil(b"left ")).decode()
     stream_id = printed.split("stream ")[1].split()[0]
     chat.send_signal(signal.SIGINT)
-    assert f"the answer goes on: `relay watch {stream_id}`" in await output(chat)
+    told = await output(chat)
+    assert f"the answer goes on: `relay watch {stream_id}`" in told
+    assert f"`relay cancel {stream_id}` ends it" in told
     assert await chat.wait() == 130
     cancel = await relay("cancel", stream_id, folder=tmp_path, RELAY_URL=url)
     assert await output(cancel) == "cancelling\n"
+    watch = await relay("watch", stream_id, folder=tmp_path, RELAY_URL=url)
+    assert await output(watch) == "left \nrelay: cancelled\n"
+    assert await watch.wait() == 1
 
 
 async def test_the_python_of_the_guide_prints_the_answer(url: str, tmp_path: Path) -> None:
@@ -219,8 +232,10 @@ def test_two_attempts_are_never_taken_for_one_answer(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def watch(_: Client, __: str) -> Iterator[Update]:
-        for kind, text in (("started", ""), ("chunk", "old"), ("started", ""), ("chunk", "new")):
-            yield Update(kind, text, {})
+        for text in ("old", "new"):
+            yield Update("started", "", {})
+            yield Update("chunk", text, {})
+            yield Update("chunk", "", {})
 
     monkeypatch.setattr(Client, "watch", watch)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
@@ -240,12 +255,43 @@ def test_two_attempts_are_never_taken_for_one_answer(
 def test_what_a_model_writes_commands_no_terminal(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "a\tb\r\n\x1b]0;title\x07\x1b[2J\x9bcé😀"
+    text = "a\tb\r\n\x00\x7f\x1b]0;title\x07\x1b[2J\x9bcé😀"
     monkeypatch.setattr(Client, "watch", lambda *_: iter([Update("chunk", text, {})]))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     main.watch("ID", "http://127.0.0.1")
     shown = capsys.readouterr().out
     assert shown == ("a\tb\n]0;title[2Jcé😀" if terminal else text)
+
+
+@pytest.mark.parametrize("words", [["chat", "Hello"], ["watch", ID], ["cancel", ID]])
+async def test_whoever_finds_no_api_is_told_that_it_is_tried_again_and_what_may_be_missing(
+    words: list[str], tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{free_port('127.0.0.1', 0)}"
+    process = await relay(*words, folder=tmp_path, RELAY_URL=url)
+    again, given_up = (await output(process)).splitlines()
+    assert await process.wait() == 1
+    assert again == f"relay: {url} does not answer, trying again"
+    assert given_up == f"relay: {url} does not answer: is `relay up` running?"
+
+
+def test_an_api_is_looked_for_where_up_has_it() -> None:
+    settings = Settings()
+    assert base_url(settings.host, settings.port) == main.HERE
+
+
+async def test_a_question_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    process = await relay("chat", os.fsdecode(b"\xff"), folder=tmp_path)
+    assert "it is not UTF-8" in await output(process)
+    assert await process.wait() == 2
+
+
+async def test_without_a_word_the_words_are_told(tmp_path: Path) -> None:
+    process = await relay(folder=tmp_path)
+    told = await output(process)
+    await process.wait()
+    for word in ("up", "api", "worker", "chat", "watch", "cancel", "--version"):
+        assert f" {word} " in told
 
 
 async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
@@ -260,6 +306,10 @@ async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
     [
         (["up"], {"AZURE_OPENAI_ENDPOINT": "https://x.example"}, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
         (["up"], {"RELAY_PORT": "high"}, "RELAY_PORT"),
+        (["up", "--host", "192.0.2.1"], {}, "192.0.2.1"),
+        (["up", "--workers", "0"], {}, "RELAY_WORKERS"),
+        (["up", "--data", os.devnull], {}, os.devnull),
+        (["api", "--port", "70000"], {}, "RELAY_PORT"),
         (["up"], {"RELAY_WEBHOOK_HOSTS": "hooks.test"}, "RELAY_WEBHOOK_SECRET"),
         (["chat", "Hello"], {"RELAY_URL": "localhost:8000"}, "localhost:8000"),
         (["api"], {"REDIS_URL": "nonsense"}, "REDIS_URL"),
@@ -281,6 +331,26 @@ async def test_a_wrong_configuration_ends_the_start_with_one_sentence_that_names
     assert printed.startswith("relay: ")
     assert printed.count("\n") == 1
     assert named in printed
+
+
+async def test_an_api_listens_where_its_option_says_and_nowhere_else(tmp_path: Path) -> None:
+    async with asyncio.timeout(20):
+        api = await relay(
+            *("api", "--host", "192.0.2.1", "--port", "0"),
+            folder=tmp_path,
+            REDIS_URL="unix:///nowhere/redis.sock",
+        )
+        assert "('192.0.2.1', 0)" in await output(api)  # Of no machine: so it cannot.
+        assert await api.wait() == 3
+
+
+async def test_up_ends_with_an_error_where_a_process_cannot_be_kept_alive(tmp_path: Path) -> None:
+    never = shutil.which("false")
+    assert never is not None
+    async with asyncio.timeout(20):
+        up = await relay("up", "--port", "0", folder=tmp_path, RELAY_REDIS_SERVER=never)
+        assert (await output(up)).endswith("so all is stopped.\n")
+        assert await up.wait() == 1
 
 
 @pytest.mark.parametrize(
