@@ -28,7 +28,7 @@ REPLY_SECONDS = 2.0
 CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
 _REASON_LENGTH = 200
-_DATABASE = re.compile(r"/?|/[0-9]+", re.ASCII)
+_DATABASE = re.compile(r"/?|/[0-9]+")
 
 
 def connect(url: str, *, connections: int = 50, reply_seconds: float = REPLY_SECONDS) -> Redis:
@@ -160,7 +160,7 @@ async def open_connection(redis: Redis) -> "Lean":
     connection: Lean = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await connection.connect()  # type: ignore[no-untyped-call]
-        await connection.send_command("PING", check_health=False)
+        await connection.send_command("PING")
         await connection.read_response()
     except BaseException:
         connection.let_go()

@@ -100,7 +100,7 @@ class Listener:
     async def _connect(self) -> _Ear:
         try:
             connection = await open_connection(self._redis)
-        except (RedisError, OSError):
+        except RedisError:
             self.away = True
             raise
         self.away = False

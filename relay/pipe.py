@@ -131,9 +131,6 @@ class Pipe(Replies):
             self._give_up(_silent)
 
     def _give_up(self, error: Callable[[], RedisError]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         for answer, _ in self._calls:
             if not answer.done():
                 answer.set_exception(error())
