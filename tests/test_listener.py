@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ News = tuple[str | bytes, ...]
 
 
 class Ear:
-    """A listener, and what it told in order."""
+    """A listener, and what it told in order; and whether Redis was away when one was lost."""
+
+    away: bool
 
     def __init__(self, redis: Redis, *channels: str) -> None:
         self._news: asyncio.Queue[News] = asyncio.Queue()
@@ -26,8 +29,12 @@ class Ear:
             *channels,
             on_message=lambda channel, data: self._news.put_nowait(("heard", channel, data)),
             on_subscribed=lambda channel: self._news.put_nowait(("subscribed", channel)),
-            on_lost=lambda: self._news.put_nowait(("lost",)),
+            on_lost=self._lost,
         )
+
+    def _lost(self) -> None:
+        self.away = self.listener.away
+        self._news.put_nowait(("lost",))
 
     async def next(self, count: int = 1) -> list[News]:
         async with asyncio.timeout(5):
@@ -96,6 +103,7 @@ async def test_a_lost_connection_is_told_and_every_channel_subscribed_again(redi
             await kill_subscribers(redis)
             lost, *subscribed = await ear.next(3)
             assert lost == ("lost",)
+            assert not ear.away
             assert set(subscribed) == {("subscribed", "a"), ("subscribed", "b")}
             await redis.publish("b", "x")
             assert await ear.next() == [("heard", "b", b"x")]
@@ -170,14 +178,19 @@ async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(
         async with running(ear.listener):
             assert await ear.next(2) == [("lost",), ("lost",)]
             assert not ear.listener.connected
-            socket.symlink_to(redis_server.url.removeprefix("unix://").partition("?")[0])
+            there(socket, redis_server)
             while (news := await ear.next()) == [("lost",)]:
                 pass
             assert news == [("subscribed", "a")]
 
 
+def there(socket: Path, redis_server: RedisServer) -> None:
+    """From now on Redis is where it was not."""
+    socket.symlink_to(redis_server.url.removeprefix("unix://").partition("?")[0])
+
+
 async def test_a_channel_that_redis_refuses_is_asked_for_again(
-    redis: Redis, redis_server: RedisServer
+    redis: Redis, redis_server: RedisServer, said: list[Any]
 ) -> None:
     admin: Any = redis
     async with (
@@ -191,6 +204,9 @@ async def test_a_channel_that_redis_refuses_is_asked_for_again(
             while (news := await ear.next()) == [("lost",)]:
                 pass
             assert news == [("subscribed", "a")]
+    refused = said[0]
+    assert (refused["event"], refused["log_level"]) == ("channel_refused", "warning")
+    assert refused["error"].startswith("NoPermissionError: ")
 
 
 async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(
@@ -203,7 +219,34 @@ async def test_an_operator_reads_that_redis_was_away_and_when_it_is_back(
         assert await ear.next(2) == [("lost",), ("subscribed", "a")]
     lost, back = said
     assert (lost["event"], lost["log_level"]) == ("redis_lost", "warning")
+    assert lost["error"] == "the connection broke"
     assert (back["event"], back["seconds"] >= 0) == ("redis_back", True)
+
+
+async def test_an_operator_reads_how_long_redis_was_away_each_time(
+    redis: Redis,
+    redis_server: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[Any],
+) -> None:
+    monkeypatch.setattr("relay.listener.RECONNECT_SECONDS", 0.1)
+    socket = tmp_path / "redis.sock"
+    async with connect(f"unix://{socket}") as ours:
+        ear = Ear(ours, "a")
+        async with running(ear.listener):
+            begun = time.monotonic()
+            await ear.next(4)
+            there(socket, redis_server)
+            while (await ear.next()) == [("lost",)]:
+                pass
+            again = time.monotonic()
+            await kill_subscribers(redis)
+            assert await ear.next(2) == [("lost",), ("subscribed", "a")]
+            end = time.monotonic()
+    away, cut = [line["seconds"] for line in said if line["event"] == "redis_back"]
+    assert 0.3 <= away <= again - begun + 0.1
+    assert cut <= end - again + 0.1
 
 
 async def test_a_redis_that_loads_its_data_is_away_until_it_has(said: list[Any]) -> None:
@@ -231,7 +274,7 @@ async def test_a_redis_that_loads_its_data_is_away_until_it_has(said: list[Any])
 
 
 async def test_a_redis_that_falls_silent_is_given_up(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, said: list[Any]
 ) -> None:
     monkeypatch.setattr("relay.listener.SILENCE_SECONDS", 0.05)
     ear = Ear(redis, "a")
@@ -239,6 +282,8 @@ async def test_a_redis_that_falls_silent_is_given_up(
         await ear.next()
         await redis.client_pause(300)
         assert await ear.next() == [("lost",)]
+        assert ear.away
+        assert said[0]["error"] == "Redis has fallen silent"
         while (news := await ear.next()) == [("lost",)]:
             pass
         assert news == [("subscribed", "a")]
