@@ -101,11 +101,12 @@ class Bounded(HttpToolsProtocol):
         self._expect_nothing()
         super().connection_lost(exc)
         # uvicorn tells the newest one alone, and an older one is the one that is being answered.
-        for cycle in self._open_cycles:
+        open_cycles = self._open_cycles
+        for cycle in open_cycles:
             cycle.disconnected = True
             cycle.message_event.set()
             _line(cycle).lose()
-        if self._open_cycles and isinstance(exc, TimeoutError):
+        if open_cycles and isinstance(exc, TimeoutError):
             GIVEN_UP.inc()  # The kernel has found it before we did.
 
     def data_received(self, data: bytes) -> None:

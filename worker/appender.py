@@ -43,7 +43,7 @@ class Appender:
         self._waiting: dict[Writer, None] = {}
         self._taken: dict[Writer, Batch] = {}
         """By the last call."""
-        self._put_off: dict[Writer, ResponseError] = {}
+        self._put_off: dict[Writer, None] = {}
         """Those whom Redis refused alone, until all of them try again together."""
         self._next_call = 0.0
         """By the loop's clock, not before."""
@@ -85,7 +85,7 @@ class Appender:
         except RedisError as error:
             logger.warning("append_failed", streams=len(self._taken), error=reason(error))
             self._waiting = dict.fromkeys(self._taken) | self._waiting
-            await asyncio.sleep(REDIS_RETRY_SECONDS)
+            await asyncio.sleep(REDIS_RETRY_SECONDS)  # At once it would only fail again.
             return
         refused: dict[Writer, ResponseError] = {}
         for writer, outcome in zip(self._taken, outcomes, strict=True):
@@ -99,7 +99,7 @@ class Appender:
             logger.warning("append_refused", streams=len(refused), error=example)
             if not self._put_off:
                 asyncio.get_running_loop().call_later(REDIS_RETRY_SECONDS, self._try_again)
-            self._put_off |= refused
+            self._put_off |= dict.fromkeys(refused)
 
     def _try_again(self) -> None:
         put_off, self._put_off = self._put_off, {}
