@@ -266,15 +266,24 @@ async def test_a_connection_that_breaks_is_told_to_all_who_wait_and_made_anew(
 ) -> None:
     async with connect(redis_server.url) as ours:
         number = await ours.client_id()
-        await redis.client_pause(1000, all=False)  # What writes has to wait.
-        left, *calls = [asyncio.ensure_future(ours.incr("n")) for _ in range(10)]
-        await until(lambda: is_blocked(redis))
-        left.cancel()
-        await redis.client_kill_filter(_id=str(number))
-        await asyncio.wait(calls)
-        assert {type(call.exception()) for call in calls} == {RedisConnectionError}
-        await redis.client_unpause()
+        async with writes_waiting(redis, 1000):
+            left, *calls = [asyncio.ensure_future(ours.incr("n")) for _ in range(10)]
+            await until(lambda: is_blocked(redis))
+            left.cancel()
+            await redis.client_kill_filter(_id=str(number))
+            await asyncio.wait(calls)
+            assert {type(call.exception()) for call in calls} == {RedisConnectionError}
         assert await ours.client_id() != number
+
+
+@asynccontextmanager
+async def writes_waiting(redis: Redis, ms: int = 5000) -> AsyncIterator[None]:
+    """What writes has to wait, for so long at most; what comes after this test has not."""
+    await redis.client_pause(ms, all=False)
+    try:
+        yield
+    finally:
+        await redis.client_unpause()
 
 
 class Silent(Replies):
@@ -337,7 +346,7 @@ async def test_who_goes_while_a_connection_is_opened_takes_it_from_nobody(
 ) -> None:
     async with connect(redis_server.url) as ours:
         first, second = [asyncio.ensure_future(ours.ping()) for _ in range(2)]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # Both wait for it now.
         first.cancel()
         assert await second
         assert first.cancelled()
@@ -351,8 +360,8 @@ async def test_a_client_that_is_closed_while_it_connects_waits_for_nothing_and_l
     with silent() as port:
         async with asyncio.timeout(5), connect(f"redis://127.0.0.1:{port}") as redis:
             call = asyncio.ensure_future(redis.ping())
-            for _ in range(3):
-                await asyncio.sleep(0)  # It connects now.
+            for _ in range(3):  # The call begins, has a connection opened, and that connects.
+                await asyncio.sleep(0)
         assert asyncio.all_tasks() - before <= {call}
     await asyncio.wait([call])
     assert not caplog.records
@@ -389,12 +398,11 @@ async def test_a_call_that_came_while_another_had_its_time_is_not_waited_for_eit
 ) -> None:
     async with connect(redis_server.url, reply_seconds=0.4) as ours, asyncio.timeout(3):
         await ours.ping()
-        await redis.client_pause(200, all=False)  # What writes has to wait.
-        await ours.incr("n")
-        await redis.client_pause(5000, all=False)
-        with pytest.raises(RedisTimeoutError):
+        async with writes_waiting(redis, 200):
             await ours.incr("n")
-        await redis.client_unpause()
+        async with writes_waiting(redis):
+            with pytest.raises(RedisTimeoutError):
+                await ours.incr("n")
 
 
 async def test_a_redis_that_hangs_is_given_up_however_many_calls_still_come(
@@ -402,14 +410,13 @@ async def test_a_redis_that_hangs_is_given_up_however_many_calls_still_come(
 ) -> None:
     async with connect(redis_server.url, reply_seconds=0.2) as ours, asyncio.timeout(5):
         await ours.ping()
-        await redis.client_pause(5000, all=False)  # What writes has to wait.
-        calls = [asyncio.ensure_future(ours.incr("n"))]
-        while not calls[0].done():
-            calls.append(asyncio.ensure_future(ours.incr("n")))
-            await asyncio.wait(calls[:1], timeout=0.05)
-        await asyncio.wait(calls)
-        assert {type(call.exception()) for call in calls} == {RedisTimeoutError}
-        await redis.client_unpause()
+        async with writes_waiting(redis):
+            calls = [asyncio.ensure_future(ours.incr("n"))]
+            while not calls[0].done():
+                calls.append(asyncio.ensure_future(ours.incr("n")))
+                await asyncio.wait(calls[:1], timeout=0.05)
+            await asyncio.wait(calls)
+            assert {type(call.exception()) for call in calls} == {RedisTimeoutError}
 
 
 async def test_a_connection_on_which_nobody_waits_is_kept_and_still_found_out_when_it_hangs(
@@ -427,10 +434,9 @@ async def test_a_connection_on_which_nobody_waits_is_kept_and_still_found_out_wh
         await until(looked_after)
         assert await ours.client_id() == number
         assert not caplog.records
-        await redis.client_pause(5000, all=False)  # What writes has to wait.
-        with pytest.raises(RedisTimeoutError):
-            await ours.incr("n")
-        await redis.client_unpause()
+        async with writes_waiting(redis):
+            with pytest.raises(RedisTimeoutError):
+                await ours.incr("n")
 
 
 async def test_a_redis_that_is_away_is_a_redis_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -131,6 +131,12 @@ def test_each_event_is_encoded_once_per_wire() -> None:
     assert len(encoded) == 4
 
 
+async def a_turn() -> None:
+    """Of the loop: who was started waits now, and what had come together is written. No event tells
+    of either."""
+    await asyncio.sleep(0)
+
+
 class Written(Line):
     """A line that keeps what is written to it."""
 
@@ -161,12 +167,12 @@ async def test_an_encoder_that_fails_takes_nothing_from_the_riders_of_other_wire
     line = Written()
     let_off = asyncio.create_task(feed.ride(broken, Written(), b"", 60, CHUNKS, unless=over))
     rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([event("1-1")])
     await asyncio.wait([let_off], timeout=2)
     assert let_off.result() == 2, "it has not seen the chunk"
     feed.add([event("1-2")])
-    await asyncio.sleep(0)
+    await a_turn()
     over.set_result(None)
     assert await rides_on == 4
     assert line.chunks == [b'3\r\n"x"\r\n'] * 2
@@ -180,7 +186,7 @@ async def test_each_wire_rides_on_for_the_kinds_of_events_that_it_takes_as_they_
     line, kinds = Written(), CHUNKS | {STARTED}
     let_off = asyncio.create_task(feed.ride(other, Written(), b"", 60, CHUNKS, unless=over))
     rides_on = asyncio.create_task(feed.ride(plain, line, b"", 60, kinds, unless=over))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([SECOND, event("2-1")])
     await asyncio.wait([let_off], timeout=2)
     assert let_off.result() == 2, "it has not seen the new attempt"
@@ -196,7 +202,7 @@ async def test_what_is_more_than_one_write_riders_take_themselves_and_lack_nothi
     feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
     line = Written()
     let_off = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([event(f"1-{n}", data=b"x" * size) for n in range(1, count + 1)])
     await asyncio.wait([let_off], timeout=2)
     assert let_off.result() == 2, "it has seen none of them"
@@ -210,9 +216,9 @@ async def test_riders_are_never_written_an_empty_piece_which_would_end_their_res
     feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
     line = Written()
     riding = asyncio.create_task(feed.ride(silent, line, b"", 0, CHUNKS, unless=over))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([event("1-1")])
-    await asyncio.sleep(0)
+    await a_turn()
     over.set_result(None)
     assert await riding == 3
     assert line.chunks == []
@@ -235,9 +241,9 @@ def test_a_connection_that_is_gone_takes_nothing_from_other_riders(
             asyncio.create_task(feed.ride(plain, each, b"", 60, CHUNKS, unless=over))
             for each in (gone, line)
         ]
-        await asyncio.sleep(0)
+        await a_turn()
         feed.add([event("1-1")])
-        await asyncio.sleep(0)
+        await a_turn()
         over.set_result(None)
         await asyncio.gather(*riding)
 
@@ -251,12 +257,12 @@ async def test_who_gets_on_is_not_written_what_it_has_and_others_still_lack() ->
     feed, over = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future()
     early, late = Written(), Written()
     riding = [asyncio.create_task(feed.ride(plain, early, b"", 60, CHUNKS, unless=over))]
-    await asyncio.sleep(0)
+    await a_turn()
     riding.append(asyncio.create_task(feed.ride(plain, late, b"", 60, CHUNKS, unless=over)))
     feed.add([event("1-1", data=b'"a"')])
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([event("1-2", data=b'"b"')])
-    await asyncio.sleep(0)
+    await a_turn()
     over.set_result(None)
     assert await asyncio.gather(*riding) == [4, 4]
     assert early.chunks == [b'3\r\n"a"\r\n', b'3\r\n"b"\r\n']
@@ -292,7 +298,7 @@ async def test_a_notice_is_news() -> None:
     feed = feed_of(QUEUE)
     left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     waiting = asyncio.create_task(feed.changed(60, unless=left))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.notice(b"Redis is away")
     assert await waiting
     assert feed.notices == [b"Redis is away"]
@@ -303,15 +309,15 @@ async def test_waiting_ends_by_news_by_time_and_by_leaving() -> None:
     left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     assert not await feed.changed(0.01, unless=left)
     waiting = asyncio.create_task(feed.changed(60, unless=left))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.add([FIRST])
     assert await waiting
     waiting = asyncio.create_task(feed.changed(60, unless=left))
-    await asyncio.sleep(0)
+    await a_turn()
     feed.end_as_gone(StreamGone("gone"))
     assert await waiting
     waiting = asyncio.create_task(feed.changed(60, unless=left))
-    await asyncio.sleep(0)
+    await a_turn()
     left.set_result(None)
     assert await waiting
     assert await feed.changed(60, unless=left)

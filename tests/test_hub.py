@@ -562,7 +562,7 @@ async def test_a_viewer_that_leaves_during_the_first_read_leaves_nothing_behind(
     hub: Hub, writer: Writer
 ) -> None:
     hasty = asyncio.create_task(hub.enter(writer.stream_id))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # The read is about to begin.
     hasty.cancel()
     await _nothing_runs(hub)
     assert hub._feeds == {}
@@ -587,16 +587,25 @@ async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_has_one_o
     hub.leave(feed)
 
 
-async def test_nobody_waits_for_a_channel_whose_connection_is_lost(
-    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub._listener, "add", lambda channel: None)
-    entering = asyncio.create_task(hub.enter(writer.stream_id))
+async def entering_unheard(
+    hub: Hub, stream_id: str, monkeypatch: pytest.MonkeyPatch
+) -> asyncio.Task[Feed]:
+    """One who enters and waits: as if Redis took its time, nobody hears that the channel stands."""
 
     async def waits() -> bool:
         return bool(hub._subscribing)
 
-    await until(waits)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub._listener, "add", lambda channel: None)
+        entering = asyncio.create_task(hub.enter(stream_id))
+        await until(waits)
+    return entering
+
+
+async def test_nobody_waits_for_a_channel_whose_connection_is_lost(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entering = await entering_unheard(hub, writer.stream_id, monkeypatch)
     await redis.client_kill_filter(_type="pubsub")
     async with asyncio.timeout(2):
         hub.leave(await entering)
@@ -623,15 +632,7 @@ async def test_a_viewer_that_leaves_before_an_unheard_birth_is_read_leaves_nothi
 async def test_nobody_waits_for_the_channel_of_a_feed_that_was_erased_and_made_anew(
     hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        # As if Redis took its time: nobody is to hear that the channel stands.
-        patched.setattr(hub._listener, "add", lambda channel: None)
-        first = asyncio.create_task(hub.enter(writer.stream_id))
-
-        async def waits() -> bool:
-            return bool(hub._subscribing)
-
-        await until(waits)
+    first = await entering_unheard(hub, writer.stream_id, monkeypatch)
     hub._heard(keys.CONTROL, f"erase {writer.stream_id}".encode())
     second = asyncio.create_task(hub.enter(writer.stream_id))
     async with asyncio.timeout(2):

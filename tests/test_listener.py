@@ -40,6 +40,12 @@ class Ear:
         async with asyncio.timeout(5):
             return [await self._news.get() for _ in range(count)]
 
+    async def after_losses(self) -> list[News]:
+        """The next news but for lost connections: each try that failed is one."""
+        while (news := await self.next()) == [("lost",)]:
+            pass
+        return news
+
     async def hears_nothing(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(seconds):
@@ -179,9 +185,7 @@ async def test_a_redis_that_is_away_is_tried_again_until_it_is_there(
             assert await ear.next(2) == [("lost",), ("lost",)]
             assert not ear.listener.connected
             there(socket, redis_server)
-            while (news := await ear.next()) == [("lost",)]:
-                pass
-            assert news == [("subscribed", "a")]
+            assert await ear.after_losses() == [("subscribed", "a")]
 
 
 def there(socket: Path, redis_server: RedisServer) -> None:
@@ -201,9 +205,7 @@ async def test_a_channel_that_redis_refuses_is_asked_for_again(
         async with running(ear.listener):
             assert await ear.next() == [("lost",)]
             await admin.execute_command("ACL", "SETUSER", "us", "allchannels")
-            while (news := await ear.next()) == [("lost",)]:
-                pass
-            assert news == [("subscribed", "a")]
+            assert await ear.after_losses() == [("subscribed", "a")]
     refused = said[0]
     assert (refused["event"], refused["log_level"]) == ("channel_refused", "warning")
     assert refused["error"].startswith("NoPermissionError: ")
@@ -238,8 +240,7 @@ async def test_an_operator_reads_how_long_redis_was_away_each_time(
             begun = time.monotonic()
             await ear.next(4)
             there(socket, redis_server)
-            while (await ear.next()) == [("lost",)]:
-                pass
+            await ear.after_losses()
             again = time.monotonic()
             await kill_subscribers(redis)
             assert await ear.next(2) == [("lost",), ("subscribed", "a")]
@@ -265,9 +266,7 @@ async def test_a_redis_that_loads_its_data_is_away_until_it_has(said: list[Any])
             assert await ear.next(2) == [("lost",), ("lost",)]
             assert ear.listener.away
             loads = False
-            while (news := await ear.next()) == [("lost",)]:
-                pass
-            assert news == [("subscribed", "a")]
+            assert await ear.after_losses() == [("subscribed", "a")]
             assert not ear.listener.away
     told = events_of(said)
     assert told == ["redis_lost"] * (len(told) - 1) + ["redis_back"]
@@ -284,9 +283,7 @@ async def test_a_redis_that_falls_silent_is_given_up(
         assert await ear.next() == [("lost",)]
         assert ear.away
         assert said[0]["error"] == "Redis has fallen silent"
-        while (news := await ear.next()) == [("lost",)]:
-            pass
-        assert news == [("subscribed", "a")]
+        assert await ear.after_losses() == [("subscribed", "a")]
 
 
 async def test_a_redis_that_has_nothing_to_say_is_kept(
