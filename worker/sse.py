@@ -25,15 +25,14 @@ class Decoder:
             return []
         if b"\r" in piece or self._after_cr:
             piece = self._with_lf(piece)
-        self._rest += piece
-        if b"\n\n" not in self._rest[-len(piece) - 1 :]:
-            # Not looked through again with each piece: of one long event there are many.
-            if len(self._rest) > MOST_BYTES:
-                raise _too_long()
-            return []
-        *events, rest = bytes(self._rest).split(b"\n\n")
-        if max(map(len, events)) > MOST_BYTES:
-            raise _too_long()  # It was compressed, and came as one piece.
+        if self._rest:
+            self._rest += piece
+            if b"\n\n" not in self._rest[-len(piece) - 1 :] and len(self._rest) <= MOST_BYTES:
+                return []  # All of one long event is not looked through again with each piece.
+            piece = bytes(self._rest)
+        *events, rest = parts = piece.split(b"\n\n")
+        if max(map(len, parts)) > MOST_BYTES:
+            raise _too_long()
         self._rest = bytearray(rest)
         return [data for event in events if (data := _data(event))]
 
