@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from relay.errors import BadRequest
 from relay.log import Recovery
@@ -19,6 +19,14 @@ ListOf = Annotated[list[T], Field(fail_fast=True)]
 """It stops at the first wrong item: to tell of each would hold up the loop for seconds."""
 
 
+def _as_called(calls: list[JsonObject] | None) -> list[JsonObject] | None:
+    """Without the arguments as the SDK has parsed them, beside those as the model wrote them."""
+    for call in calls or ():
+        if isinstance(function := call.get("function"), dict):
+            function.pop("parsed_arguments", None)
+    return calls
+
+
 class Message(BaseModel):
     """One message of the conversation; its content goes to the model as it is."""
 
@@ -27,7 +35,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | ListOf[JsonObject] | None = None
     name: str | None = None
-    tool_calls: ListOf[JsonObject] | None = None
+    tool_calls: Annotated[ListOf[JsonObject] | None, AfterValidator(_as_called)] = None
     tool_call_id: str | None = None
     function_call: JsonObject | None = None
     refusal: str | None = None
@@ -38,6 +46,11 @@ class Message(BaseModel):
     # Azure refuses them where they come back.
     annotations: ListOf[JsonObject] | None = Field(
         None, exclude=True, description="Of an earlier answer; the model does not see them."
+    )
+    parsed: Any = Field(
+        None,
+        exclude=True,
+        description="An earlier answer as the SDK has parsed it; the model does not see it.",
     )
 
 

@@ -30,12 +30,14 @@ class _Known(BaseModel):
 
 
 class Text(_Known):
-    """What else the parts of an earlier output have, the model does not need again."""
+    """What else the parts of an earlier output have, the model does not need again: `parsed` is the
+    text once more, as the SDK has put it there."""
 
     type: Literal["input_text", "output_text"]
     text: str
     annotations: ListOf[JsonObject] | None = None
     logprobs: ListOf[JsonObject] | None = None
+    parsed: Any = None
 
     def to_chat(self) -> JsonObject:
         return {"type": "text", "text": self.text}
@@ -90,6 +92,7 @@ class CallItem(_Item):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, description="As the SDK has put them there.")
 
     def add_to(self, messages: list[JsonObject]) -> None:
         """Calls belong to the one message of the assistant in which they were made."""

@@ -23,7 +23,7 @@ from emulator.script import prompt
 from relay.events import FAILED, Cursor, Event, to_json
 from relay.settings import Settings
 from tests.conftest import changed, running_api, running_worker, stack_settings, text_of, watch
-from tests.corpus import CORPUS
+from tests.corpus import CORPUS, LOOKUP
 from tests.test_upstream import answering, refusal
 
 MODEL = "demo"
@@ -145,6 +145,26 @@ async def test_an_answer_is_sent_back_as_it_came_and_only_what_is_no_input_is_le
     messages[1] = said
     again = await create(model=MODEL, messages=messages, extra_headers=key)
     assert again.headers["x-stream-id"] == second.headers["x-stream-id"]
+
+
+async def test_what_the_sdk_has_parsed_is_sent_back_with_it_and_the_model_does_not_see_it(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    said: Any = question(text=['{"rain":', "true}"], tool_calls=[LOOKUP])
+    async with sdk.chat.completions.stream(model=MODEL, messages=said) as stream:
+        answer = (await stream.get_final_completion()).choices[0].message
+    unparsed: Any = answer.to_dict()
+    [call] = unparsed["tool_calls"]
+    assert unparsed["parsed"] is None
+    assert call["function"]["parsed_arguments"] is None
+    parsed = {**unparsed, "parsed": {"rain": True}}  # As the SDK for JavaScript sends it.
+    result: Any = {"role": "tool", "tool_call_id": call["id"], "content": "Rain."}
+    messages: Any = [*said, answer, result, parsed, result, *question(chunks=1)]
+    second = await sdk.chat.completions.create(model=MODEL, messages=messages)
+    assert second.choices[0].message.content == "0 "
+    seen = emulator.requests[-1].body["messages"]
+    assert [each["content"] for each in seen[1:5:2]] == ['{"rain":true}'] * 2
+    assert "parsed" not in json.dumps(seen)
 
 
 async def test_the_same_answer_is_watched_and_resumed_natively(

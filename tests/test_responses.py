@@ -360,6 +360,23 @@ class Weather(BaseModel):
     rain: bool
 
 
+async def test_what_the_sdk_has_parsed_is_sent_back_with_it_and_the_model_does_not_see_it(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    strict = TOOL | {"strict": True}
+    said: Any = {"text": ['{"rain":', "true}"], "tool_calls": [LOOKUP]}
+    first = await sdk.responses.parse(**asking(**said), text_format=Weather, tools=[strict])
+    # As it stands there: the SDK for JavaScript sends it so, and in Python whoever dumps it.
+    output = [item.model_dump(exclude_none=True) for item in first.output]
+    [message, call] = output
+    assert message["content"][0]["parsed"] == {"rain": True}
+    assert call["parsed_arguments"] == LOOKUP["arguments"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
+    asked: Any = [*output, result, {"role": "user", "content": prompt(chunks=1)}]
+    assert (await sdk.responses.create(model=MODEL, input=asked)).output_text == "0 "
+    assert "parsed" not in json.dumps((await emulator.request(1)).body)
+
+
 async def test_the_model_is_asked_what_the_response_was_asked(
     sdk: AsyncOpenAI, emulator: Emulator
 ) -> None:
