@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from relay.errors import BadRequest
 from relay.log import Recovery
@@ -125,12 +125,17 @@ class ChatRequest(Asked):
 
 
 class StreamOptions(BaseModel):
+    """What either API of OpenAI knows of them."""
+
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
     include_obfuscation: Literal[False] | None = Field(
         None, description="There is no padding here against who measures encrypted events."
     )
+
+
+class ChatStreamOptions(StreamOptions):
+    include_usage: bool = False
 
 
 class ChatCompletionRequest(Asked):
@@ -138,4 +143,14 @@ class ChatCompletionRequest(Asked):
 
     model: str = Field(description="One of GET /v1/models.")
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: ChatStreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, given: Any) -> Any:
+        """Null asks for nothing, also under a name that is not known here: many a client sends each
+        parameter that OpenAI has."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        return {name: value for name, value in given.items() if value is not None or name in known}

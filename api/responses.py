@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -159,6 +159,9 @@ class Retrieval(BaseModel):
     stream: bool = False
     starting_after: int = Field(
         -1, ge=-1, description="The `sequence_number` of the last event that you have."
+    )
+    include_obfuscation: Literal["false"] | None = Field(
+        None, description="As in `stream_options`: there is none."
     )
 
 

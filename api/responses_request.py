@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.chat_request import Asked, JsonObject, ListOf
+from api.chat_request import Asked, JsonObject, ListOf, StreamOptions
 
 
 class _Known(BaseModel):
@@ -226,6 +226,7 @@ class ResponsesRequest(_Known):
     input: Input
     background: bool | None = False
     stream: bool | None = False
+    stream_options: StreamOptions | None = None
     instructions: str | None = None
     tools: ListOf[Function] | None = None
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice)] = None

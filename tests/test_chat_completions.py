@@ -451,9 +451,14 @@ async def test_what_is_so_in_any_case_may_be_said(sdk: AsyncOpenAI) -> None:
         model=MODEL, input=question(chunks=1), stream=None, background=None
     )
     assert response.output_text == "0 "
-    options: Any = {"include_obfuscation": False}
-    stream = await sdk.chat.completions.create(**asked, stream=True, stream_options=options)
+    options: Any = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    stream = await sdk.chat.completions.create(**asked, **options)
     assert await taken(stream) == ("0 ", None)
+    created = await sdk.responses.create(model=MODEL, input=question(chunks=1), **options)
+    events = [event async for event in created]
+    response_id = events[0].response.id
+    again = await sdk.responses.retrieve(response_id, stream=True, include_obfuscation=False)
+    assert [event async for event in again] == events
 
 
 def parameters(create: Callable[..., Any]) -> set[str]:
@@ -472,6 +477,19 @@ async def test_what_the_sdk_can_ask_and_this_server_cannot_honour_is_refused_by_
         with pytest.raises(openai.BadRequestError) as raised:
             await sdk.chat.completions.create(**asked)
         assert (raised.value.param, raised.value.code) == (name, "unknown_parameter")
+
+
+async def test_a_parameter_that_is_null_asks_for_nothing_whether_it_is_known_or_not(
+    sdk: AsyncOpenAI, emulator: Emulator
+) -> None:
+    nulls: Any = dict.fromkeys(parameters(sdk.chat.completions.create) - {"model", "messages"})
+    answer = await sdk.chat.completions.create(
+        model=MODEL, messages=question(chunks=1), extra_body=nulls
+    )
+    assert answer.choices[0].message.content == "0 "
+    unknown = nulls.keys() - ChatCompletionRequest.model_fields.keys()
+    assert "audio" in unknown
+    assert not unknown & emulator.requests[-1].body.keys()
 
 
 async def test_no_json_is_refused_in_openais_shape(stack: httpx2.AsyncClient) -> None:
