@@ -141,5 +141,6 @@ def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
         allow_origins=[origin.strip() for origin in origins.split(",")],
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["location", "x-stream-id", "retry-after"],
+        # In a page of another origin openai's SDK must see it, too, or it tries again in vain.
+        expose_headers=["location", "x-stream-id", "retry-after", "x-should-retry"],
     )

@@ -488,7 +488,7 @@ async def test_other_origins_are_let_in_only_where_they_are_named(settings: Sett
         response = await api.get("/healthz", headers=origin)
         assert response.headers["access-control-allow-origin"] == "https://app.example"
         exposed = response.headers["access-control-expose-headers"].split(", ")
-        assert set(exposed) == {"location", "retry-after", "x-stream-id"}
+        assert set(exposed) == {"location", "retry-after", "x-should-retry", "x-stream-id"}
         for method in ("GET", "POST", "DELETE"):
             asked = {**origin, "access-control-request-method": method}
             assert (await api.options("/chat", headers=asked)).status_code == 200
