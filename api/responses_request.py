@@ -54,7 +54,7 @@ class Refusal(_Known):
 class Image(_Known):
     type: Literal["input_image"]
     image_url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
     def to_chat(self) -> JsonObject:
         detail = {"detail": self.detail} if self.detail else {}

@@ -380,7 +380,8 @@ async def test_what_the_sdk_has_parsed_is_sent_back_with_it_and_the_model_does_n
 async def test_the_model_is_asked_what_the_response_was_asked(
     sdk: AsyncOpenAI, emulator: Emulator
 ) -> None:
-    image: Any = {"type": "input_image", "image_url": "https://example.org/a.png", "detail": "low"}
+    url = {"url": "https://example.org/a.png", "detail": "original"}
+    image: Any = {"type": "input_image", "image_url": url["url"], "detail": url["detail"]}
     earlier: Any = {"type": "output_text", "text": "Hi.", "annotations": []}
     asked: Any = [
         {"role": "user", "content": [{"type": "input_text", "text": "See."}, image]},
@@ -412,7 +413,6 @@ async def test_the_model_is_asked_what_the_response_was_asked(
     )
     assert response.output_parsed == Weather(rain=True)
     body = (await emulator.request(0)).body
-    url = {"url": "https://example.org/a.png", "detail": "low"}
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert body["messages"] == [
         {"role": "system", "content": "Be brief."},
