@@ -22,6 +22,12 @@ def allow_every_descriptor() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def room_for(wanted: int, *, spare: int) -> int:
+    """So many of them, a descriptor each, are allowed beside those that are spared."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if most == resource.RLIM_INFINITY else min(wanted, most - spare)
+
+
 async def warn_when_scarce() -> None:
     """Until cancelled. The log is the only place for it: who cannot be connected with cannot be
     asked for its metrics either."""

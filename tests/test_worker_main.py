@@ -21,6 +21,7 @@ from tests.conftest import (
     worker_env,
     worker_process,
 )
+from worker.main import SPARE_DESCRIPTORS
 
 PRLIMIT = pytest.mark.skipif(
     not hasattr(resource, "prlimit"), reason="only Linux lets one see the limits of another process"
@@ -39,11 +40,16 @@ async def ended(process: Process, seconds: float = 30) -> tuple[int | None, str]
     return process.returncode, written.decode()
 
 
-async def ready(process: Process) -> None:
+async def ready(process: Process) -> str:
+    """What it wrote until then."""
     assert process.stderr is not None
+    written = b""
     async with asyncio.timeout(10):
-        while b"worker_ready" not in (line := await process.stderr.readline()):
+        while b"worker_ready" not in written:
+            line = await process.stderr.readline()
             assert line, "it ended before it was ready"
+            written += line
+    return written.decode()
 
 
 async def create(log: Log, **script: Any) -> str:
@@ -200,6 +206,17 @@ async def test_a_worker_allows_itself_all_the_descriptors_that_it_may_have(
         await ready(process)
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         assert soft == hard
+
+
+async def test_a_worker_takes_no_more_answers_at_once_than_it_has_descriptors_for(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    argv = ["sh", "-c", f'ulimit -n {SPARE_DESCRIPTORS + 7} && exec "$@"', "sh", *module("worker")]
+    many = env | {"RELAY_CONCURRENCY": "500"}
+    async with worker_process(many, tmp_path, argv=argv) as process:
+        written = await ready(process)
+    assert "event=concurrency_lowered wanted=500 allowed=7\n" in written
+    assert written.endswith(" concurrency=7\n")
 
 
 @PRLIMIT

@@ -11,9 +11,10 @@ from arq.worker import func
 
 from relay.claim import Claims
 from relay.connection import connect
-from relay.descriptors import allow_every_descriptor
+from relay.descriptors import allow_every_descriptor, room_for
 from relay.heap import spare_the_collector
 from relay.log import JOB, Log
+from relay.logs import get_logger
 from relay.outbox import Outbox
 from relay.settings import Settings
 from worker.appender import Appender
@@ -21,6 +22,11 @@ from worker.claiming import ClaimingWorker, Job
 from worker.deliveries import Deliveries
 from worker.generation import Generation
 from worker.upstream import Upstream
+
+logger = get_logger()
+
+SPARE_DESCRIPTORS = 128
+"""Beside one for each answer: what the process has at its start, 50 webhooks, the pool to Redis."""
 
 
 async def generate(ctx: dict[str, Any], _stream_id: str) -> None:
@@ -66,8 +72,8 @@ def run(settings: Settings) -> None:
 
 async def _work(settings: Settings) -> None:
     # In the loop that runs: uvloop loses a signal for which it has a handler and does not run yet.
-    worker = create_worker(settings)
     allow_every_descriptor()
+    worker = create_worker(_within_descriptors(settings))
     spare_the_collector()
     try:
         await worker.async_run()
@@ -75,6 +81,14 @@ async def _work(settings: Settings) -> None:
         pass  # By a signal.
     finally:
         await worker.close()
+
+
+def _within_descriptors(settings: Settings) -> Settings:
+    """What a worker takes and has no socket for would fail, while others have room for it."""
+    room = max(1, room_for(settings.concurrency, spare=SPARE_DESCRIPTORS))
+    if room < settings.concurrency:
+        logger.warning("concurrency_lowered", wanted=settings.concurrency, allowed=room)
+    return settings.model_copy(update={"concurrency": room})
 
 
 async def _close_upstream(ctx: dict[Any, Any]) -> None:
