@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -27,6 +29,7 @@ from relay.pipe import Pipe
 REPLY_SECONDS = 2.0
 CONNECT_SECONDS = 1.0
 WAIT_SECONDS = 2
+KEEPALIVE_SECONDS = 30
 _REASON_LENGTH = 200
 _DATABASE = re.compile(r"/?|/[0-9]+")
 
@@ -66,7 +69,7 @@ def _pool(url: str, connections: int, reply_seconds: float) -> "_Pool":
         # redis-py would take any certificate that the authority ever signed.
         options.setdefault("ssl_check_hostname", True)
     # Whatever the URL says: leases count on the time limits, and replies are read in this one form.
-    ours = {
+    ours: dict[str, Any] = {
         "max_connections": connections,
         "timeout": WAIT_SECONDS,
         "socket_timeout": reply_seconds,
@@ -77,7 +80,21 @@ def _pool(url: str, connections: int, reply_seconds: float) -> "_Pool":
         "lib_name": None,
         "lib_version": None,
     }
+    if options["connection_class"] is not _Unix:
+        ours |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
     return _Pool(**(options | ours))
+
+
+def _keepalive() -> dict[int, int]:
+    """A network forgets what is idle for some minutes, as after a quiet night, and tells neither
+    end: whoever came first then would wait for a time limit, and be refused."""
+    if sys.platform != "linux":
+        return {}
+    return {
+        socket.TCP_KEEPIDLE: KEEPALIVE_SECONDS,
+        socket.TCP_KEEPINTVL: 10,
+        socket.TCP_KEEPCNT: 3,
+    }
 
 
 def script(redis: Redis, name: str) -> AsyncScript:

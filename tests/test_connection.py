@@ -1,4 +1,6 @@
 import asyncio
+import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -78,6 +80,17 @@ async def stalling() -> AsyncIterator[tuple[str, asyncio.Event]]:
 
     async with asyncio.timeout(5), listening(greet) as port:
         yield f"redis://127.0.0.1:{port}", begun
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process says how often")
+async def test_the_network_does_not_forget_a_connection_to_redis_that_nobody_uses() -> None:
+    async with stalling() as (url, _), connect(url) as redis:
+        connection = await open_connection(redis)
+        peer = connection.hand_over(asyncio.Protocol()).get_extra_info("socket")
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        # Azure's load balancer forgets after four minutes.
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        connection.let_go()
 
 
 async def test_a_redis_that_takes_nothing_in_is_not_waited_for_either() -> None:
