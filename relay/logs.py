@@ -1,6 +1,7 @@
 """What a process says of itself: one line per lifecycle step, never with prompt or answer text."""
 
 import logging
+import select
 import sys
 import time
 import traceback
@@ -23,13 +24,14 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
     ]
     # Not by way of logging, which would double what a line costs: each question writes three.
     structlog.configure(
-        processors=[_NotAgain(), *shared, *_renderers(log_format)],
+        processors=[_NotAgain(), _Unread(), *shared, *_renderers(log_format)],
         logger_factory=_Stderr,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda _: _is_taken())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -61,6 +63,33 @@ class _Stderr:
             sys.stderr.write(line + "\n")
 
     warning = error = critical = info
+
+
+def _is_taken() -> bool:
+    """Whether a line can be written without waiting. A pipe that is not full has room for 4 KiB."""
+    with suppress(OSError, ValueError):  # What is no file never waits.
+        poll = select.poll()
+        poll.register(sys.stderr, select.POLLOUT)
+        return bool(poll.poll(0))
+    return True
+
+
+class _Unread:
+    """What reads the logs of all processes may hang, and who waited for it would hang, too, deaf
+    even to a SIGTERM. How much was lost meanwhile the next line tells."""
+
+    def __init__(self) -> None:
+        self._lost = 0
+
+    def __call__(
+        self, _: object, __: str, said: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        if not _is_taken():
+            self._lost += 1
+            raise structlog.DropEvent
+        if self._lost:
+            said["lines_lost"], self._lost = self._lost, 0
+        return said
 
 
 class _NotAgain:

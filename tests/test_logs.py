@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,6 +153,40 @@ def test_who_has_something_to_tell_does_not_fail_for_a_full_disk() -> None:
     with open("/dev/full", "w") as full:
         shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, check=False)
     assert shown.stdout == "goes on\n"
+
+
+UNREAD = """
+import logging, sys
+from relay.logs import configure_logs, get_logger
+configure_logs("worker", "text")
+for number in range(10_000):
+    get_logger().info("step", stream="abc", number=number)
+logging.getLogger("uvicorn").warning("other")
+print("goes on", flush=True)
+sys.stdin.readline()
+get_logger().info("last")
+"""
+
+
+def test_nobody_waits_for_who_reads_the_logs_and_the_next_line_tells_what_was_lost() -> None:
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=writing,
+    ) as process:
+        os.close(writing)
+        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], 10)[0]:
+            process.kill()
+        assert process.stdout.readline() == b"goes on\n"
+        written = os.read(reading, 2**20).splitlines()
+        process.communicate(b"\n")
+    with open(reading, "rb") as rest:
+        [last] = rest.readlines()
+    assert b"number=0" in written[0]
+    assert b"event=last lines_lost=%d\n" % (10_000 - len(written)) in last
 
 
 def test_to_configure_again_does_not_double_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
