@@ -37,6 +37,8 @@ class Feed:
         self.stream_id = stream_id
         self.events: list[Event] = []
         self.gone: StreamGone | None = None
+        self.stale = False
+        """Whether it is to be read once more, since the log may have what was not heard."""
         self.viewers = 0
         self.notices: list[bytes] = []
         """What was told beside the log, to those who were there."""

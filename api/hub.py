@@ -16,7 +16,7 @@ from api.settle import settle
 from relay import keys
 from relay.connection import reason
 from relay.errors import StreamGone
-from relay.events import decode_batch
+from relay.events import STARTED, decode_batch
 from relay.listener import Listener
 from relay.log import ALIVE_SECONDS, BIRTH, GONE, Log
 from relay.logs import get_logger
@@ -61,8 +61,6 @@ class Hub:
         """Settled when a channel stands. Two wait for it, if a feed was erased and made anew."""
         self._reading: set[Feed] = set()
         """Those that are being brought up to date."""
-        self._stale: set[Feed] = set()
-        """Those to be read once more, since their log may have what was not heard."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.draining = False
 
@@ -125,8 +123,8 @@ class Hub:
         """`heard`: whether its channel had a subscriber at its birth (Created.heard). If not, it is
         read now, and once more if its channel stands only then."""
         self._unborn.discard(feed)
-        if not heard or feed in self._stale:
-            self._start(self._catch_up(feed))
+        if not heard or feed.stale:
+            self._refresh(feed)
 
     def leave(self, feed: Feed) -> None:
         feed.viewers -= 1
@@ -183,26 +181,30 @@ class Hub:
             del self._beginning[feed]
             if not feed.viewers:
                 self._let_go(feed)
-            elif feed in self._stale:
-                self._start(self._catch_up(feed))
+            elif feed.stale:
+                self._refresh(feed)
+
+    def _refresh(self, feed: Feed) -> None:
+        feed.stale = True
+        self._start(self._catch_up(feed))
 
     async def _catch_up(self, feed: Feed) -> None:
         """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
-        self._stale.add(feed)
+        feed.stale = True
         if feed in self._reading or feed in self._beginning or feed in self._unborn:
             return
         self._reading.add(feed)
         try:
-            while feed in self._stale and not feed.ended:
-                self._stale.discard(feed)
+            while feed.stale and not feed.ended:
+                feed.stale = False
                 feed.add(await self._log.read(feed.stream_id, feed.top), read=True)
         except StreamGone as gone:
             feed.end_as_gone(gone)
         except RedisError as error:
-            # The patrol comes back to it. Told without its stream, as all are unreadable at once.
+            feed.stale = True  # The patrol comes back to it.
+            # Told without its stream, as all are unreadable at once.
             logger.warning("log_unreadable", error=reason(error))
         finally:
-            self._stale.discard(feed)
             self._reading.discard(feed)
         if feed.ended:
             self._end(feed, self._retention_seconds)
@@ -252,27 +254,32 @@ class Hub:
         if stands := self._subscribing.pop(channel, None):
             settle(stands, None)
         elif (feed := self._feed_of(channel)) and feed not in self._unborn:
-            self._start(self._catch_up(feed))
+            self._refresh(feed)
 
     def _heard(self, channel: str, message: bytes) -> None:
         if channel == keys.CONTROL:
             self._obey(*message.decode().split(" "))
         elif feed := self._feed_of(channel):
-            if feed in self._beginning:
-                # The read that is under way may have come before it, or not.
-                self._stale.add(feed)
-            elif not feed.add(decode_batch(message)):
-                self._start(self._catch_up(feed))
+            events = decode_batch(message)
+            # A new attempt may follow on any event, and would hide what is to be read before it.
+            hides = events[0].kind == STARTED and self._may_lack(feed)
+            if hides or not feed.add(events):
+                self._refresh(feed)
             if feed.ended:
                 self._end(feed, self._retention_seconds)
 
     def _lost(self) -> None:
         """What is erased from now on goes unheard here, so nothing may be kept."""
         self._finished.clear()
-        self._stale |= self._unborn
+        for feed in self._unborn:
+            feed.stale = True
         for stands in self._subscribing.values():
             settle(stands, None)
         self._subscribing.clear()
+
+    def _may_lack(self, feed: Feed) -> bool:
+        """Whether the log may have what was not heard here."""
+        return feed.stale or feed in self._reading or feed in self._beginning
 
     def _feed_of(self, channel: str) -> Feed | None:
         return None if channel == keys.CONTROL else self._feeds.get(keys.stream_of(channel))
@@ -300,7 +307,7 @@ class Hub:
 
     def _let_go(self, feed: Feed) -> None:
         self._unborn.discard(feed)
-        self._stale.discard(feed)
+        feed.stale = False
         if self._feeds.get(feed.stream_id) is feed:
             del self._feeds[feed.stream_id]
             self._listener.drop(keys.channel(feed.stream_id))

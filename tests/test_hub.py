@@ -336,7 +336,7 @@ async def test_nobody_looks_for_a_stream_that_is_not_born_yet(hub: Hub, redis: R
         return bool(await redis.pubsub_numsub(channel) == [(channel.encode(), 0)])
 
     await until(let_go)
-    assert not hub._unborn | hub._stale
+    assert not hub._unborn
 
 
 # Lost connections and gaps.
@@ -373,6 +373,59 @@ async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
     assert [frame.id for frame in taker.frames] == writer.cursors(0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("trouble", ["takes long", "fails"])
+async def test_a_new_attempt_that_is_heard_before_the_log_is_read_hides_nothing_that_was_missed(
+    patrolled_hub: Hub,
+    writer: Writer,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+) -> None:
+    """Else the frames of a wire that numbers them would have other numbers than elsewhere."""
+    hub, read, go_on = patrolled_hub, Log.read, asyncio.Event()
+
+    async def troubled(log: Log, *which: Any) -> Any:
+        if trouble == "fails":
+            raise RedisConnectionError
+        await go_on.wait()
+        return await read(log, *which)
+
+    async def is_listened_to() -> bool:
+        [(_, listeners)] = await redis.pubsub_numsub(keys.channel(writer.stream_id))
+        return bool(listeners)
+
+    await writer.begin()
+    async with entered(hub, writer.stream_id) as feed:
+        monkeypatch.setattr(Log, "read", troubled)
+        await redis.client_kill_filter(_type="pubsub")
+        await writer.say("missed")
+        await until(is_listened_to)
+        await writer.begin()
+        await _has_heard_all(hub)
+        monkeypatch.setattr(Log, "read", read)
+        go_on.set()
+        log = await make_log(redis).read(writer.stream_id)
+
+        async def is_whole() -> bool:
+            return feed.top == log[-1].cursor
+
+        await until(is_whole)
+        assert feed.events == log
+
+
+async def _has_heard_all(hub: Hub) -> None:
+    """All that was published until now has come."""
+    ear = hub._listener._ear
+    assert ear is not None
+    heard = ear.heard
+    ear.send("PING")
+
+    async def has_more() -> bool:
+        return ear.heard > heard
+
+    await until(has_more)
+
+
 async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
     hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +438,7 @@ async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
         await writer.say("meanwhile")
 
         async def heard() -> bool:
-            return bool(hub._stale)
+            return hub._feeds[writer.stream_id].stale
 
         await until(heard)
         return events
@@ -710,14 +763,14 @@ async def test_what_is_erased_is_shown_no_further_though_it_had_ended_and_is_not
         await writer.say(*(f"secret {n}" for n in range(2 * FRAMES_AT_ONCE)))
         await writer.finish()
 
-        async def ends_and_erasing_is_heard() -> bool:
+        async def ends_and_erasing_is_listened_to() -> bool:
             [(_, subscribers)] = await redis.pubsub_numsub(keys.CONTROL)
             return feed.ended and subscribers == 1
 
-        await until(ends_and_erasing_is_heard)
+        await until(ends_and_erasing_is_listened_to)
         if cut:
             await redis.client_kill_filter(_type="pubsub")
-            await until(ends_and_erasing_is_heard)
+            await until(ends_and_erasing_is_listened_to)
         assert hub._finished.get(writer.stream_id) is None
         await make_log(redis).erase(writer.stream_id)
 
