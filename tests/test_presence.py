@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 from contextlib import AsyncExitStack
 
 import pytest
@@ -9,8 +10,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api import presence as module
+from api.app import create_app
+from api.hub import Hub
 from api.presence import Presence
 from relay.log import Log
+from relay.settings import Settings
 from tests.asgi import entered
 from tests.conftest import until
 from tests.test_hub import running_hub
@@ -48,3 +52,29 @@ async def test_the_next_report_makes_up_for_one_of_which_nothing_was_heard(
         told.set()
         await until(right)
         reporting.cancel()
+
+
+async def test_a_process_that_ends_since_a_part_of_it_died_counts_no_longer_either(
+    settings: Settings, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.01)
+    dies, killed = asyncio.Event(), asyncio.Event()
+
+    async def die(_: Hub) -> None:
+        await dies.wait()
+        raise RuntimeError
+
+    monkeypatch.setattr(Hub, "_patrol", die)
+    monkeypatch.setattr(os, "kill", lambda *_: killed.set())
+    stream_id = (await log.create({"messages": []})).stream_id
+
+    async def counts() -> bool:
+        return bool((await log.state(stream_id)).viewers)
+
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        await app.state.parts.hub.enter(stream_id)
+        await until(counts)
+        dies.set()
+        await killed.wait()
+    assert not await counts()
