@@ -226,14 +226,14 @@ class Hub:
         told: dict[Feed, float] = {}
         while True:
             await asyncio.sleep(REASON_SECONDS)
-            reason = await self._reason_to_wait()
+            why = await self._reason_to_wait()
             now = time.monotonic()
             # Who comes later has a turn of its own, and is told at once.
-            told = {feed: at for feed, at in told.items() if reason and now - at < NOTICE_SECONDS}
-            for feed in self._feeds.values() if reason else ():
+            told = {feed: at for feed, at in told.items() if why and now - at < NOTICE_SECONDS}
+            for feed in self._feeds.values() if why else ():
                 if feed not in told:
                     told[feed] = now
-                    feed.notice(reason)
+                    feed.notice(why)
 
     async def _reason_to_wait(self) -> bytes:
         """Empty if there is none."""
