@@ -34,7 +34,7 @@ _ENVELOPE = frozenset({"id", "object", "created", "model", "system_fingerprint",
 _NOISE = frozenset({"obfuscation"})
 # With these escapes alone a JSON string is about as long as its text.
 _COMPACT_STRING = re.compile(rb'"[^"\\\x00-\x1f]*(?:\\["\\/bfnrt][^"\\\x00-\x1f]*)*"')
-_PROBE = "(the text)"
+_GAP = "(the text)"
 
 
 def parse(data: bytes) -> Chunk:
@@ -114,7 +114,7 @@ class _Function(_Strict):
     arguments: str | None = None
 
 
-class _Frame(NamedTuple):
+class _Around(NamedTuple):
     """The bytes around the text of a chunk. Another chunk with the same bytes around another string
     differs in its text alone; nearly all of an answer is told so, without being parsed."""
 
@@ -128,9 +128,9 @@ class _Frame(NamedTuple):
         for name in (b'"content":', b'"content": '):
             before, found, after = data.partition(name + text)
             if found:
-                frame = cls(before + name, after)
-                probe = frame.before + to_json(_PROBE) + frame.after
-                return frame if _load(probe) == _with_text(chunk, _PROBE) else None
+                around = cls(before + name, after)
+                probe = around.before + to_json(_GAP) + around.after
+                return around if _load(probe) == _with_text(chunk, _GAP) else None
         return None
 
     def text_in(self, data: bytes) -> bytes | None:
@@ -150,7 +150,7 @@ class Compactor:
         self._model = model
         self._envelope: Chunk | None = None
         self._shape: bytes | None = None
-        self._frame: _Frame | None = None
+        self._around: _Around | None = None
         """Of chunks that are stored as their text; to parse them gives the same."""
         self._texts: list[str] = []
         self._finished: dict[int, bool] = {}
@@ -164,15 +164,15 @@ class Compactor:
 
         Raises UpstreamError for what is no chunk.
         """
-        text = self._frame.text_in(data) if self._frame is not None else None
+        text = self._around.text_in(data) if self._around is not None else None
         if text is not None and (told := _utf8(text)) is not None:
             self.chunks += 1
             self._texts.append(told[1:-1] if "\\" not in told else json.loads(told))
             return [Entry(TEXT, text)]
         chunk = parse(data)
         entries = self._entries(chunk)
-        if self._frame is None and self._shape is not None and entries[-1].kind == TEXT:
-            self._frame = _Frame.of(data, chunk)
+        if self._around is None and self._shape is not None and entries[-1].kind == TEXT:
+            self._around = _Around.of(data, chunk)
         return entries
 
     def _entries(self, chunk: Chunk) -> list[Entry]:
@@ -186,7 +186,7 @@ class Compactor:
             return [entry(STARTED, started), self._compact(rest)]
         if envelope == self._envelope:
             return [self._compact(rest)]
-        self._envelope, self._shape, self._frame = envelope, None, None
+        self._envelope, self._shape, self._around = envelope, None, None
         return [entry(WHOLE, {"chunk": rest, "envelope": envelope})]
 
     def summary(self) -> Chunk:
@@ -207,7 +207,7 @@ class Compactor:
         shape = to_json(_with_text(rest, ""))
         if shape == self._shape:
             return entry(TEXT, text)
-        self._shape, self._frame = shape, None
+        self._shape, self._around = shape, None
         return entry(WHOLE, {"chunk": rest})
 
     def _note(self, rest: Chunk) -> None:

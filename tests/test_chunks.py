@@ -240,7 +240,7 @@ def test_a_chunk_that_is_told_by_its_bytes_is_stored_as_one_that_is_parsed(
     known, parsed = Compactor(1, "m"), Compactor(1, "m")
     for form, text in [*((template, text) for text in strings), *others]:
         data = form % text
-        parsed._frame = None
+        parsed._around = None
         expected, given_ = [outcome(compactor, data) for compactor in (parsed, known)]
         assert [(e.kind, json.loads(e.data)) for e in given_] == [
             (e.kind, json.loads(e.data)) for e in expected
