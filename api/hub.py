@@ -88,7 +88,7 @@ class Hub:
         return viewers
 
     async def enter(self, stream_id: str) -> Feed:
-        """The feed of a stream, with all of its log that stands by now; then `leave` it.
+        """The feed of a stream, once its log was read; then `leave` it.
 
         Raises StreamGone; RedisError if the log cannot be read now.
         """

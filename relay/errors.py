@@ -12,7 +12,10 @@ RelayError
 ├── StreamLost              this attempt may no longer write
 └── UpstreamError           the model service failed; carries its own code
     ├── Garbled             it sent what is no answer
-    └── Incomplete          it ended without finishing the answer
+    ├── Incomplete          it ended without finishing the answer
+    └── Refused             it answered by an error status (worker/failures.py)
+
+Those that only a client of ours meets stand in relay/client.py.
 
 `code` is public and stable. The message is one sentence that says what to do, and never holds
 prompt, answer or vendor text.
