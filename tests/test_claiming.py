@@ -792,6 +792,22 @@ async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
         await redis.config_set("maxmemory-policy", "noeviction")
 
 
+async def test_a_worker_works_with_a_redis_that_does_not_tell_how_it_evicts(
+    redis: Redis, log: Log, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def info(*_: str) -> dict[str, Any]:
+        asked.set()
+        return {}
+
+    monkeypatch.setattr(Redis, "info", info)
+    async with running_worker(settings):
+        await asked.wait()
+        stream_id = await create(log, chunks=1)
+        assert kinds(await whole(redis, log, stream_id))[-1] == "completed"
+
+
 async def test_one_of_two_workers_on_a_host_may_end_and_the_host_is_still_healthy(
     redis: Redis, settings: Settings
 ) -> None:

@@ -243,8 +243,9 @@ class ClaimingWorker(Worker):
     async def _warn_of_eviction(self) -> None:
         """For want of memory Redis would forget answers under way, instead of refusing new ones."""
         with suppress(RedisError):
-            policy = (await self._redis.info("memory"))["maxmemory_policy"]
-            if policy != "noeviction":
+            # Not every service that speaks as Redis tells it.
+            policy = (await self._redis.info("memory")).get("maxmemory_policy")
+            if policy not in {None, "noeviction"}:
                 logger.warning("redis_evicts", policy=policy)
 
     async def _sweep(self) -> None:
