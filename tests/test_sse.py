@@ -60,6 +60,7 @@ def decoded(pieces: list[bytes]) -> list[bytes]:
         (b"data: a\r\n\r\ndata: b\r\r", [b"a", b"b"]),
         (b"data: a\r\ndata: b\r\n\r\n", [b"a\nb"]),
         (b"data: a\r\n\ndata: b\n\n", [b"a", b"b"]),
+        (b"data: a\n\ndata: b\r\n\r\n", [b"a", b"b"]),
         (b"\xef\xbb\xbfdata: a\n\ndata: b\n\n", [b"a", b"b"]),
         (b"data: a\n\ndata: without its end\n", [b"a"]),
     ],
@@ -69,6 +70,8 @@ def test_the_data_of_whole_events_comes_however_they_are_cut(
 ) -> None:
     assert decoded([text]) == data
     assert decoded([text[n : n + 1] for n in range(len(text))]) == data
+    for n in range(len(text)):
+        assert decoded([text[:n], b"", text[n:]]) == data
 
 
 class Body(httpx2.AsyncByteStream):
