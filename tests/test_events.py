@@ -17,6 +17,7 @@ from relay.events import (
     Cursor,
     Entry,
     Event,
+    Halves,
     decode_batch,
     entry,
     join_text,
@@ -138,6 +139,7 @@ def test_json_is_one_line_of_utf8_that_means_the_value(value: object) -> None:
         ("ü😀", '"ü😀"'.encode()),
         ("\ud83d", b'"\\ud83d"'),
         ("ü\ude00", b'"\\u00fc\\ude00"'),
+        ({"a": ["\ud83d", None]}, b'{"a":["\\ud83d",null]}'),
     ],
 )
 def test_json_is_compact_and_escapes_only_what_it_must(value: object, data: bytes) -> None:
@@ -179,6 +181,21 @@ def test_what_cannot_be_healed_is_replaced_one_for_one(parts: list[str]) -> None
         "".join(parts),
     )
     assert join_text(parts) == re.sub("[\ud800-\udfff]", "\ufffd", whole)
+
+
+@given(st.lists(st.text("aü😀\ud800\udbff\udc00\udfff", max_size=3)))
+@example(["\ud800", "", "\udc00"])
+@example(["\udbff", "\udfff"])
+@example(["a😀\udbff", "a"])
+def test_of_a_text_in_pieces_nothing_waits_but_half_a_character_for_its_other_half(
+    pieces: list[str],
+) -> None:
+    halves, came, told = Halves(), "", ""
+    for piece in pieces:
+        came += piece
+        told += halves.whole(piece, last=False)
+        assert told == join_text([re.sub("[\ud800-\udbff]\\Z", "", came)])
+    assert told + halves.whole("", last=True) == join_text([came])
 
 
 @pytest.mark.parametrize("kind", [QUEUED, STARTED, TEXT, WHOLE, COMPLETED, FAILED, CANCELLED])
