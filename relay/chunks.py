@@ -171,7 +171,7 @@ class Compactor:
             return [Entry(TEXT, text)]
         chunk = parse(data)
         entries = self._entries(chunk)
-        if self._around is None and self._shape is not None and entries[-1].kind == TEXT:
+        if self._around is None and entries[-1].kind == TEXT:
             self._around = _Around.of(data, chunk)
         return entries
 

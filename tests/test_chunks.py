@@ -375,6 +375,18 @@ def test_what_has_not_changed_is_not_stored_again(name: str) -> None:
     assert bytes_of(entries[-1]) == 4
 
 
+def test_a_role_that_some_servers_repeat_with_every_text_is_stored_once() -> None:
+    chunks = [chunk(choice({"role": "assistant", "content": text})) for text in "abc"]
+    entries = entries_of(chunks)
+    assert [entry.kind for entry in entries] == [STARTED, WHOLE, TEXT, TEXT]
+    assert expanded(entries) == chunks
+
+
+def test_what_all_chunks_of_an_answer_say_is_stored_with_the_first_alone() -> None:
+    first, *others = entries_of(RECORDED["tool calls in pieces"])
+    assert [HEAD["model"].encode() in data for _, data in (first, *others)] == [True, *[False] * 5]
+
+
 @pytest.mark.parametrize(
     ("first", "model"), [(said("a"), "gpt-x"), (AZURE_FIRST, "asked-for"), ({}, "asked-for")]
 )
