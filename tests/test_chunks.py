@@ -357,16 +357,16 @@ def test_a_plain_text_costs_three_bytes_more_than_itself(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "both",
     [
-        {"tool_calls": [{"index": 0, "function": {"arguments": "1"}}]},
-        {"reasoning_content": "ha"},
-        {"refusal": "no"},
+        choice({"content": "", "tool_calls": [{"index": 0, "function": {"arguments": "1"}}]}),
+        choice({"content": "", "reasoning_content": "ha"}),
+        choice({"content": "", "refusal": "no"}),
+        choice({"content": "a"}, logprobs=TOKEN),
     ],
 )
-def test_what_is_said_beside_a_text_is_never_left_out_as_a_repetition(beside: Chunk) -> None:
-    twice = [chunk(choice({"content": "", **beside}))] * 2
-    assert [entry.kind for entry in entries_of(twice)] == [STARTED, WHOLE, WHOLE]
+def test_what_is_said_beside_a_text_is_never_left_out_as_a_repetition(both: Chunk) -> None:
+    assert [entry.kind for entry in entries_of([chunk(both)] * 2)] == [STARTED, WHOLE, WHOLE]
 
 
 @pytest.mark.parametrize("name", ["azure", "logprobs", "fingerprint that changes", "usage"])
