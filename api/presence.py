@@ -36,8 +36,6 @@ class Presence:
                 for stream_id in counts.keys() | self._reported.keys()
                 if refresh or counts.get(stream_id, 0) != self._reported.get(stream_id)
             }
-            if not news:
-                continue
             self._reported |= dict.fromkeys(news)
             with suppress(RedisError):  # The next round says it again.
                 await self._log.report_viewers(self._process, news)
@@ -49,8 +47,6 @@ class Presence:
         if self._hub.redis_away:
             return  # It stops counting by itself, and the end must not wait for Redis.
         gone = dict.fromkeys(self._reported.keys() | self._hub.viewers().keys(), 0)
-        if not gone:
-            return
         with suppress(RedisError):
             await self._log.report_viewers(self._process, gone)
 

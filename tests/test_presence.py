@@ -3,7 +3,8 @@
 import asyncio
 import math
 import os
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
@@ -18,6 +19,17 @@ from relay.settings import Settings
 from tests.asgi import entered
 from tests.conftest import until
 from tests.test_hub import running_hub
+
+
+@asynccontextmanager
+async def reporting(redis: Redis, log: Log) -> AsyncIterator[Hub]:
+    """A hub whose viewers are reported."""
+    async with running_hub(redis) as hub:
+        running = asyncio.create_task(Presence(hub, log, "p").run())
+        try:
+            yield hub
+        finally:
+            running.cancel()
 
 
 @pytest.mark.parametrize(("arrives", "stays"), [(False, True), (True, False)])
@@ -43,15 +55,13 @@ async def test_the_next_report_makes_up_for_one_of_which_nothing_was_heard(
     async def right() -> bool:
         return (await log.state(stream_id)).viewers == ({"p": 1} if stays else {})
 
-    async with running_hub(redis) as hub, AsyncExitStack() as viewer:
-        reporting = asyncio.create_task(Presence(hub, log, "p").run())
+    async with reporting(redis, log) as hub, AsyncExitStack() as viewer:
         await viewer.enter_async_context(entered(hub, stream_id))
         await lost.wait()
         if not stays:
             await viewer.aclose()
         told.set()
         await until(right)
-        reporting.cancel()
 
 
 async def test_a_process_that_ends_since_a_part_of_it_died_counts_no_longer_either(
@@ -78,3 +88,48 @@ async def test_a_process_that_ends_since_a_part_of_it_died_counts_no_longer_eith
         dies.set()
         await killed.wait()
     assert not await counts()
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[dict[str, int]]:
+    """Each that has arrived."""
+    report, arrived = Log.report_viewers, asyncio.Queue[dict[str, int]]()
+
+    async def noted(log: Log, process: str, counts: dict[str, int]) -> None:
+        await report(log, process, counts)
+        if counts:
+            arrived.put_nowait(counts)
+
+    monkeypatch.setattr(Log, "report_viewers", noted)
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.01)
+    return arrived
+
+
+async def test_a_report_tells_only_what_has_changed(
+    redis: Redis, log: Log, reports: asyncio.Queue[dict[str, int]]
+) -> None:
+    one, two = [(await log.create({"messages": []})).stream_id for _ in range(2)]
+    async with reporting(redis, log) as hub, asyncio.timeout(5):
+        async with entered(hub, one):
+            assert await reports.get() == {one: 1}
+            async with entered(hub, two):
+                assert await reports.get() == {two: 1}
+            assert await reports.get() == {two: 0}
+        assert await reports.get() == {one: 0}
+
+
+async def test_viewers_that_stay_are_reported_again_though_others_come_and_go_all_the_time(
+    redis: Redis,
+    log: Log,
+    reports: asyncio.Queue[dict[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "REFRESH_SECONDS", 0.1)
+    watched, other = [(await log.create({"messages": []})).stream_id for _ in range(2)]
+    async with reporting(redis, log) as hub, entered(hub, watched), asyncio.timeout(5):
+        assert await reports.get() == {watched: 1}
+        again: dict[str, int] = {}
+        while watched not in again:
+            async with entered(hub, other):
+                again = await reports.get()
+            again |= await reports.get()
