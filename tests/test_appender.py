@@ -184,6 +184,22 @@ async def test_calls_that_fail_are_repeated_and_nothing_stands_twice(
         assert await texts(counted, writer) == ["a", "b"]
 
 
+async def test_a_call_that_failed_is_told_and_not_repeated_at_once(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch, said: list[Any]
+) -> None:
+    monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 60)
+    [writer] = await writers(redis, counted, 1)
+    counted.fail = 1
+    writer.say("a")
+    await counted.called.wait()
+    for text in "bcd":
+        writer.say(text)
+        await redis.ping()
+    assert counted.calls == [[2]]
+    assert [(line["event"], line["streams"]) for line in said] == [("append_failed", 1)]
+    assert "no way there" in said[0]["error"]
+
+
 async def test_what_is_wrong_with_one_stream_stops_no_other(
     redis: Redis, counted: CountedLog
 ) -> None:
@@ -240,14 +256,15 @@ async def test_what_is_wrong_with_many_streams_is_told_in_one_line(
     await until(told)
     first = said[0]
     assert (first["event"], first["streams"]) == ("append_refused", 3)
+    assert "WRONGTYPE" in first["error"]
     for log in logs:
         await redis.rename(f"aside {log}", log)
     for writer in some:
         await writer.stands()
 
 
-async def test_an_appender_that_dies_lets_its_attempts_go_and_serves_those_that_come(
-    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch
+async def test_an_appender_that_dies_says_so_lets_its_attempts_go_and_serves_those_that_come(
+    redis: Redis, counted: CountedLog, monkeypatch: pytest.MonkeyPatch, said: list[Any]
 ) -> None:
     unlucky, waiting, later = await writers(redis, counted, 3)
     counted.open.clear()
@@ -260,5 +277,7 @@ async def test_an_appender_that_dies_lets_its_attempts_go_and_serves_those_that_
         async with asyncio.timeout(5):
             await unlucky.lost.wait()
             await waiting.lost.wait()
+    [died] = said
+    assert (died["event"], type(died["exc_info"])) == ("appender_died", ZeroDivisionError)
     later.say("a")
     await later.stands()
