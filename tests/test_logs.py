@@ -37,12 +37,12 @@ def configured(process: str, log_format: Literal["text", "json"]) -> Iterator[No
 
 def test_a_step_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with configured("api", "text"):
-        get_logger().info("claimed", stream="abc", attempt=2)
+        get_logger().info("claimed", stream="abc", attempt=2, again=True)
     out, err = capsys.readouterr()
     time, _, rest = err.partition(" ")
     assert out == ""
     assert datetime.fromisoformat(time.removeprefix("timestamp=")).tzinfo is not None
-    assert rest == "level=info process=api event=claimed stream=abc attempt=2\n"
+    assert rest == "level=info process=api event=claimed stream=abc attempt=2 again=true\n"
 
 
 def test_as_json_each_line_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
