@@ -25,7 +25,7 @@ _Events = defaultdict[str, asyncio.Event]
 RESET = "emulator.reset"
 """The extension in the scope through which the server offers to reset the connection."""
 
-_CLASSIC = re.compile(r"/openai/deployments/([^/]+)/chat/completions")
+_CLASSIC = re.compile(r"/openai/deployments/[^/]+/chat/completions")
 _AZURE_V1 = "/openai/v1/chat/completions"
 _OPENAI = "/v1/chat/completions"
 _RELEASE = "/emulator/release/"
@@ -69,7 +69,7 @@ class _Refused(Exception):
     def __init__(self, status: int, body: Json, headers: dict[str, str] | None = None) -> None:
         self.status = status
         self.body = body
-        self.headers = headers or {}
+        self.headers = headers
 
 
 class Emulator:
@@ -158,7 +158,7 @@ class Emulator:
         except _Refused as refused:
             await _reply(send, refused.status, refused.body, refused.headers)
             return "failed"
-        model = str(record.body.get("model") or _deployment(record.path))
+        model = str(record.body.get("model") or "emulator")
         answer = Answer(script, record.body, azure=azure, number=record.number, model=model)
         if record.body.get("stream"):
             return await _stream(record, answer, scope, send, self._released)
@@ -209,11 +209,6 @@ def _check_body(record: Record) -> str:
     if isinstance(content, list):
         content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return str(content or "")
-
-
-def _deployment(path: str) -> str:
-    classic = _CLASSIC.fullmatch(path)
-    return classic[1] if classic else "emulator"
 
 
 async def _stream(
