@@ -236,7 +236,7 @@ async def _play(record: Record, answer: Answer, send: Send, released: _Events) -
     for pause, data, pieces in answer.steps():
         unsent.append(data)
         record.sent += pieces
-        held = pieces > 0 and record.sent == answer.script.hold_after
+        held = record.sent == answer.script.hold_after
         if pause or held or len(unsent) >= _BATCH:
             await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": True})
             unsent.clear()

@@ -13,6 +13,7 @@ import pytest
 from openai import (
     APIConnectionError,
     APIError,
+    APIStatusError,
     AsyncAzureOpenAI,
     AsyncOpenAI,
     BadRequestError,
@@ -91,6 +92,7 @@ async def test_an_azure_stream_has_filters_role_text_and_finish_in_that_order(
     first, role, *texts, finish = await ask(azure, prompt(text=["Good", " day"]))
     assert (first.choices, first.id, first.model) == ([], "", "")
     assert first.model_dump()["prompt_filter_results"][0]["prompt_index"] == 0
+    assert not {"service_tier", "usage"} & role.to_dict().keys()
     assert role.model_dump(exclude_unset=True)["choices"][0]["delta"] == {
         "role": "assistant",
         "content": "",
@@ -174,6 +176,7 @@ async def test_logprobs_are_there_if_asked_for(azure: AsyncAzureOpenAI) -> None:
 
 async def test_reasoning_comes_in_pieces_before_the_text(openai: AsyncOpenAI) -> None:
     chunks = await ask(openai, prompt(reasoning="So then.", chunks=1))
+    assert not any("usage" in chunk.to_dict() for chunk in chunks)
     deltas = [chunk.model_dump(exclude_unset=True)["choices"][0]["delta"] for chunk in chunks]
     assert deltas[1:4] == [
         {"reasoning_content": "So t"},
@@ -244,6 +247,16 @@ async def test_what_is_held_goes_on_when_its_key_is_released_and_later_requests_
     assert text_of(await ask(openai, asked)) == "0 1 2 3 4 "
     assert emulator.requests[0].outcome is None
     await other.close()
+
+
+async def test_an_answer_can_be_held_before_its_first_piece(
+    openai: AsyncOpenAI, emulator: Emulator
+) -> None:
+    stream = await opened(openai, prompt(chunks=1, hold_after=0, key="k"))
+    role = await anext(stream)
+    assert (role.choices[0].delta.role, emulator.requests[0].sent) == ("assistant", 0)
+    emulator.release("k")
+    assert text_of([chunk async for chunk in stream]) == "0 "
 
 
 async def test_the_journal_forgets_its_oldest_requests_but_not_how_many_there_were() -> None:
@@ -386,6 +399,17 @@ async def test_an_http_error_has_the_code_of_the_script(azure: AsyncAzureOpenAI)
     with pytest.raises(InternalServerError) as caught:
         await ask(azure, prompt(status=503, error_code="ServiceUnavailable"))
     assert (caught.value.status_code, caught.value.code) == (503, "ServiceUnavailable")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(429, "invalid_request_error"), (500, "server_error")]
+)
+async def test_an_http_error_of_openai_has_its_type(
+    openai: AsyncOpenAI, status: int, kind: str
+) -> None:
+    with pytest.raises(APIStatusError) as caught:
+        await ask(openai, prompt(status=status))
+    assert (caught.value.status_code, caught.value.type) == (status, kind)
 
 
 async def test_a_blocked_prompt_is_a_400_of_the_content_filter(azure: AsyncAzureOpenAI) -> None:
