@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.chunks import Chunk, Compactor, Expander, parse
+from relay.chunks import Chunk, Compactor, Expander, parse, speaks
 from relay.errors import Garbled, UpstreamError
 from relay.events import (
     COMPLETED,
@@ -248,11 +248,35 @@ def test_a_chunk_that_is_told_by_its_bytes_is_stored_as_one_that_is_parsed(
         assert known.summary() == parsed.summary()
 
 
+def test_a_byte_that_is_no_utf8_costs_its_character_and_not_the_answer() -> None:
+    compactor, texts = Compactor(1, "m"), (b'"a"', b'"b"', b'"\xff"', b'"c"')
+    entries = [entry for text in texts for entry in compactor.entries(TEMPLATES[0] % text)]
+    assert text_in(entries) == "ab\ufffdc"
+
+
 def outcome(compactor: Compactor, data: bytes) -> list[Entry]:
     try:
         return compactor.entries(data)
     except UpstreamError as error:
         return [entry("failed", error.code)]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "begun"),
+    [
+        *((each, False) for each in ({}, ROLE, AZURE_FIRST, USAGE, *RECORDED["nulls"])),
+        *(
+            (each, True)
+            for each in (said("a"), STOP, call(id="x"), chunk(choice({"refusal": "I"})))
+        ),
+        (chunk(choice({"role": "assistant", "content": "a"})), True),
+        (chunk(choice(), choice({"reasoning_content": "Hm"})), True),
+    ],
+)
+def test_an_answer_begins_with_the_first_piece_of_it_and_not_with_its_announcement(
+    chunk: Chunk, begun: bool
+) -> None:
+    assert speaks(chunk) is begun
 
 
 def test_nearly_all_of_an_answer_is_told_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
