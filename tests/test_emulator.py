@@ -23,6 +23,7 @@ from openai import (
 )
 from openai.types.chat import ChatCompletionChunk
 
+from emulator.answers import Answer
 from emulator.app import Emulator
 from emulator.script import BadScript, Script, demo, parse, prompt
 from emulator.serve import serve
@@ -280,6 +281,18 @@ async def test_stamps_are_numbered_and_taken_after_the_pauses(azure: AsyncAzureO
     assert before < times[0] < times[-1] < time.monotonic_ns()
     assert times[-1] - times[0] > 50e6
     assert times[0] - before > 29e6
+
+
+def test_pauses_vary_as_much_as_wanted_about_the_delay_and_each_time_the_same() -> None:
+    script = Script(chunks=101, delay_ms=10, jitter_ms=5)
+
+    def pauses() -> list[float]:
+        answer = Answer(script, {}, azure=True, number=1, model="m")
+        return [pause for pause, _, _ in answer.steps() if pause]
+
+    assert pauses() == pauses()
+    assert (min(pauses()), max(pauses())) == pytest.approx((0.005, 0.015))
+    assert sum(pauses()[:101]) / 101 == pytest.approx(0.010)
 
 
 async def test_without_done_the_finish_reason_still_comes(
