@@ -143,9 +143,14 @@ async def test_usage_comes_last_if_asked_for_and_not_denied(azure: AsyncAzureOpe
     assert not (await ask(azure, prompt(chunks=4, usage=False), stream_options=asked))[-1].usage
 
 
-async def test_tool_calls_come_in_pieces_that_join_to_valid_json(azure: AsyncAzureOpenAI) -> None:
+async def test_tool_calls_come_in_pieces_that_join_to_what_was_wanted(
+    azure: AsyncAzureOpenAI,
+) -> None:
     wanted = {"city": "Bremen", "days": [1, 2, 3]}
-    calls = [{"name": "weather", "arguments": wanted, "id": "call_a"}, {"name": "time"}]
+    calls = [
+        {"name": "weather", "arguments": wanted, "id": "call_a"},
+        {"name": "time", "arguments": "now"},
+    ]
     chunks = await ask(azure, prompt(tool_calls=calls))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     parts = [part for delta in deltas for part in delta.tool_calls or []]
@@ -156,6 +161,9 @@ async def test_tool_calls_come_in_pieces_that_join_to_valid_json(azure: AsyncAzu
     assert first[0].id == "call_a"
     assert len(arguments) > 5
     assert json.loads("".join(arguments)) == wanted
+    assert parts[-1].function
+    assert (parts[-1].index, parts[-1].function.arguments) == (1, "now")
+    assert text_of(chunks) == ""
     assert finishes_of(chunks) == ["tool_calls"]
 
 
@@ -512,7 +520,8 @@ def test_the_demo_echoes_what_was_asked_and_lasts_some_seconds() -> None:
     script = demo("  What is\na log? " + "x" * 200)
     assert script.text is not None
     text = "".join(script.text)
-    assert text.startswith("You wrote: “What is a log? xxx")
+    assert text.startswith(f"You wrote: “What is a log? {'x' * 64}…”\n")
+    assert "".join(demo("And now?").text or []).startswith("You wrote: “And now?”\n")
     assert "demo upstream" in text
     assert text.endswith("I stop talking.")
     assert max(map(len, script.text)) <= 9
