@@ -375,34 +375,32 @@ async def test_a_gap_in_what_is_published_is_cured_from_the_log_at_once(
 
 @pytest.mark.parametrize("trouble", ["takes long", "fails"])
 async def test_a_new_attempt_that_is_heard_before_the_log_is_read_hides_nothing_that_was_missed(
-    patrolled_hub: Hub,
-    writer: Writer,
-    redis: Redis,
-    monkeypatch: pytest.MonkeyPatch,
-    trouble: str,
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     """Else the frames of a wire that numbers them would have other numbers than elsewhere."""
-    hub, read, go_on = patrolled_hub, Log.read, asyncio.Event()
+    read, asked, go_on = Log.read, asyncio.Event(), asyncio.Event()
 
     async def troubled(log: Log, *which: Any) -> Any:
+        asked.set()
         if trouble == "fails":
             raise RedisConnectionError
         await go_on.wait()
         return await read(log, *which)
 
-    async def is_listened_to() -> bool:
-        [(_, listeners)] = await redis.pubsub_numsub(keys.channel(writer.stream_id))
-        return bool(listeners)
-
     await writer.begin()
     async with entered(hub, writer.stream_id) as feed:
+        before = feed.top
         monkeypatch.setattr(Log, "read", troubled)
         await redis.client_kill_filter(_type="pubsub")
         await writer.say("missed")
-        await until(is_listened_to)
-        await writer.begin()
-        await _has_heard_all(hub)
+        await asked.wait()
         monkeypatch.setattr(Log, "read", read)
+        await writer.begin()
+
+        async def is_heard() -> bool:
+            return feed.stale or feed.top != before
+
+        await until(is_heard)
         go_on.set()
         log = await make_log(redis).read(writer.stream_id)
 
@@ -413,17 +411,31 @@ async def test_a_new_attempt_that_is_heard_before_the_log_is_read_hides_nothing_
         assert feed.events == log
 
 
-async def _has_heard_all(hub: Hub) -> None:
-    """All that was published until now has come."""
-    ear = hub._listener._ear
-    assert ear is not None
-    heard = ear.heard
-    ear.send("PING")
+async def test_what_begins_during_the_first_read_does_not_hide_what_was_before(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Log.read
 
-    async def has_more() -> bool:
-        return ear.heard > heard
+    async def outrun(log: Log, *which: Any) -> Any:
+        monkeypatch.setattr(Log, "read", read)
+        events = await read(log, *which)
+        await writer.begin()
+        feed = hub._feeds[writer.stream_id]
 
-    await until(has_more)
+        async def is_heard() -> bool:
+            return feed.stale or bool(feed.events)
+
+        await until(is_heard)
+        return events
+
+    monkeypatch.setattr(Log, "read", outrun)
+    async with entered(hub, writer.stream_id) as feed:
+
+        async def has_begun() -> bool:
+            return feed.begun
+
+        await until(has_begun)
+        assert feed.events == await make_log(redis).read(writer.stream_id)
 
 
 async def test_what_is_heard_during_the_first_read_does_not_wait_for_the_patrol(
