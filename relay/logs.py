@@ -22,16 +22,17 @@ def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    unread = _Unread()
     # Not by way of logging, which would double what a line costs: each question writes three.
     structlog.configure(
-        processors=[_NotAgain(), _Unread(), *shared, *_renderers(log_format)],
+        processors=[_NotAgain(), unread, *shared, *_renderers(log_format)],
         logger_factory=_Stderr,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(lambda _: _is_taken())
+    handler.addFilter(lambda _: unread.takes())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -84,12 +85,17 @@ class _Unread:
     def __call__(
         self, _: object, __: str, said: structlog.typing.EventDict
     ) -> structlog.typing.EventDict:
-        if not _is_taken():
-            self._lost += 1
+        if not self.takes():
             raise structlog.DropEvent
         if self._lost:
             said["lines_lost"], self._lost = self._lost, 0
         return said
+
+    def takes(self) -> bool:
+        """Whether a line can be written now; if not, it counts as lost."""
+        taken = _is_taken()
+        self._lost += not taken
+        return taken
 
 
 class _NotAgain:
