@@ -7,7 +7,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no annotati
 
 REFUSED = Counter(
     "relay_refused",
-    "Requests that this process refused; how answers end relay_ended counts",
+    "Requests that this process refused; relay_ended counts how answers end",
     ["code"],
     registry=None,
 )
