@@ -1,6 +1,7 @@
 """What a process says of itself: one line per lifecycle step, never with prompt or answer text."""
 
 import logging
+import os
 import select
 import sys
 import time
@@ -17,6 +18,8 @@ REPEAT_SECONDS = 5.0
 
 def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
     """Send the process' own steps and the warnings of its libraries to stderr, one line each."""
+    if sys.stderr is None:  # It was closed when Python began.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -147,11 +147,14 @@ def test_who_turns_on_debug_still_sees_no_prompt(capsys: pytest.CaptureFixture[s
     assert "other" in lines[0]
 
 
-def test_who_has_something_to_tell_does_not_fail_for_a_full_disk() -> None:
+@pytest.mark.parametrize("stderr", ["/dev/full", "&-"])
+def test_who_has_something_to_tell_does_not_fail_for_a_full_disk_or_without_a_place_for_it(
+    stderr: str,
+) -> None:
     tell = "configure_logs('api', 'text'); get_logger().error('told'); print('goes on')"
-    command = [sys.executable, "-c", f"from relay.logs import configure_logs, get_logger; {tell}"]
-    with open("/dev/full", "w") as full:
-        shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, check=False)
+    program = f"from relay.logs import configure_logs, get_logger; {tell}"
+    command = ["sh", "-c", f'exec "$@" 2>{stderr}', "sh", sys.executable, "-c", program]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     assert shown.stdout == "goes on\n"
 
 
