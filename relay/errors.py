@@ -13,6 +13,7 @@ RelayError
 └── UpstreamError           the model service failed; carries its own code
     ├── Garbled             it sent what is no answer
     ├── Incomplete          it ended without finishing the answer
+    ├── Cut                 its connection failed, or it fell silent
     └── Refused             it answered by an error status (worker/failures.py)
 
 Those that only a client of ours meets stand in relay/client.py.
@@ -98,6 +99,10 @@ class Incomplete(UpstreamError):
     def __init__(self) -> None:
         message = "The model service ended the answer without finishing it: ask again."
         super().__init__("upstream_incomplete", message, retryable=True)
+
+
+class Cut(UpstreamError):
+    """Its connection failed, or it fell silent: what it said before stands."""
 
 
 def identifier(text: object) -> str:

@@ -188,12 +188,31 @@ async def test_an_end_without_a_finish_reason_is_a_failure(
     assert text_in(events) == numbers(3)
 
 
-async def test_a_finish_reason_without_done_is_a_whole_answer(
+SAID = [({"content": "whole"}, None), ({}, "stop")]
+FINISHED = [{"choices": [{"index": 0, "delta": d, "finish_reason": f}]} for d, f in SAID]
+
+
+@pytest.mark.parametrize("end", ["no_done", "reset", "stall"])
+async def test_an_answer_with_its_finish_reason_is_whole_however_its_connection_ends(
+    end: str, log: NotedLog, claims: Claims, settings: Settings
+) -> None:
+    claim = await claimed(log, claims, raw=FINISHED, end=end)
+    async with opened(changed(settings, stall_seconds=0.1)) as upstream:
+        await run(generation(claim, log, upstream))
+    events = await log.read(claim.stream_id)
+    assert text_in(events) == "whole"
+    assert events[-1].kind == "completed"
+    assert events[-1].value()["finish_reason"] == "stop"
+
+
+async def test_of_several_choices_one_may_not_have_begun_when_the_connection_breaks(
     log: NotedLog, claims: Claims, upstream: Upstream
 ) -> None:
-    claim = await claimed(log, claims, chunks=3, end="no_done")
+    await log.create(asking(raw=FINISHED, end="reset") | {"n": 2})
+    [claim] = await claims.claim(1)
     await run(generation(claim, log, upstream))
-    assert (await log.read(claim.stream_id))[-1].kind == "completed"
+    events = await log.read(claim.stream_id)
+    assert (events[-1].kind, events[-1].value()["code"]) == ("failed", "upstream_unreachable")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from relay.errors import UpstreamError, identifier
+from relay.errors import Cut, UpstreamError, identifier
 
 FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
 """What asking it may raise."""
@@ -56,14 +56,14 @@ def translated(cause: Exception) -> UpstreamError:
         case UpstreamError():
             return cause
         case TimeoutError() | httpx2.TimeoutException():
-            return UpstreamError(
+            return Cut(
                 "upstream_timeout",
                 "The model service fell silent: ask again.",
                 retryable=True,
                 cause=_named(cause),
             )
         case _:
-            return UpstreamError(
+            return Cut(
                 "upstream_unreachable",
                 "The connection to the model service failed: ask again.",
                 retryable=True,

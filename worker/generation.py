@@ -7,7 +7,7 @@ from typing import Any
 
 from relay.chunks import Compactor
 from relay.claim import Claim
-from relay.errors import Garbled, Incomplete, StreamLost, UpstreamError
+from relay.errors import Cut, Garbled, Incomplete, StreamLost, UpstreamError
 from relay.events import CANCELLED, COMPLETED, FAILED, TERMINAL, Entry, entry
 from relay.log import Appended, Batch
 from relay.logs import get_logger
@@ -89,7 +89,13 @@ class Generation:
     async def _read(self) -> None:
         request = json.loads(self._claim.request)
         async with asyncio.timeout(self._answer_seconds):
-            await self._upstream.stream(request, self._take, logger.bind(**self._names))
+            try:
+                await self._upstream.stream(request, self._take, logger.bind(**self._names))
+            except Cut:
+                # Behind its finish_reason nothing comes but what it cost, and [DONE]. Of several
+                # choices one may not even have begun.
+                if not self._compactor.complete or (request.get("n") or 1) > 1:
+                    raise
         if not self._compactor.complete:
             raise Incomplete
 
