@@ -184,14 +184,19 @@ class Hub:
             elif feed.stale:
                 self._refresh(feed)
 
+    def _is_read(self, feed: Feed) -> bool:
+        """Whether its log is being read."""
+        return feed in self._reading or feed in self._beginning
+
     def _refresh(self, feed: Feed) -> None:
+        """Catch up soon. That it lacks something must be known to what is heard before that."""
         feed.stale = True
         self._start(self._catch_up(feed))
 
     async def _catch_up(self, feed: Feed) -> None:
         """Read what the log has after the feed's top, and again if it was asked for meanwhile."""
         feed.stale = True
-        if feed in self._reading or feed in self._beginning or feed in self._unborn:
+        if self._is_read(feed) or feed in self._unborn:
             return
         self._reading.add(feed)
         try:
@@ -262,7 +267,7 @@ class Hub:
         elif feed := self._feed_of(channel):
             events = decode_batch(message)
             # A new attempt may follow on any event, and would hide what is to be read before it.
-            hides = events[0].kind == STARTED and self._may_lack(feed)
+            hides = events[0].kind == STARTED and (feed.stale or self._is_read(feed))
             if hides or not feed.add(events):
                 self._refresh(feed)
             if feed.ended:
@@ -276,10 +281,6 @@ class Hub:
         for stands in self._subscribing.values():
             settle(stands, None)
         self._subscribing.clear()
-
-    def _may_lack(self, feed: Feed) -> bool:
-        """Whether the log may have what was not heard here."""
-        return feed.stale or feed in self._reading or feed in self._beginning
 
     def _feed_of(self, channel: str) -> Feed | None:
         return None if channel == keys.CONTROL else self._feeds.get(keys.stream_of(channel))

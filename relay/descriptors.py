@@ -23,9 +23,9 @@ def allow_every_descriptor() -> None:
 
 
 def room_for(wanted: int, *, spare: int) -> int:
-    """So many of them, a descriptor each, are allowed beside those that are spared."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if most == resource.RLIM_INFINITY else min(wanted, most - spare)
+    """So many of them, a descriptor each, are allowed now beside those that are spared."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed - spare)
 
 
 async def warn_when_scarce() -> None:

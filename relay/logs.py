@@ -19,7 +19,7 @@ REPEAT_SECONDS = 5.0
 def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
     """Send the process' own steps and the warnings of its libraries to stderr, one line each."""
     if sys.stderr is None:  # It was closed when Python began.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -82,7 +82,9 @@ async def stalling() -> AsyncIterator[tuple[str, asyncio.Event]]:
         yield f"redis://127.0.0.1:{port}", begun
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there a process says how often")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the pauses are the system's own, and long"
+)
 async def test_the_network_does_not_forget_a_connection_to_redis_that_nobody_uses() -> None:
     async with stalling() as (url, _), connect(url) as redis:
         connection = await open_connection(redis)

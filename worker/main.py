@@ -71,8 +71,8 @@ def run(settings: Settings) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    # In the loop that runs: uvloop loses a signal for which it has a handler and does not run yet.
     allow_every_descriptor()
+    # In the loop that runs: uvloop loses a signal for which it has a handler and does not run yet.
     worker = create_worker(_within_descriptors(settings))
     spare_the_collector()
     try:
