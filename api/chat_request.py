@@ -135,7 +135,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatStreamOptions(StreamOptions):
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ChatCompletionRequest(Asked):

@@ -20,7 +20,7 @@ from api.status import StreamStatus
 from api.viewer import NativeViewer, NotNow, Viewer
 from api.wires import multiplexed, sse, text
 from relay.errors import BadRequest, StreamGone, StreamUnknown
-from relay.events import Cursor
+from relay.events import Cursor, to_json
 from relay.ids import is_stream_id
 from relay.log import GONE, Created
 
@@ -250,14 +250,17 @@ async def events(
     summary="Look at a stream",
     responses=responses(404, 410, 503),
 )
-async def status(stream_id: StreamId, parts: PartsOfApp) -> StreamStatus:
+async def status(stream_id: StreamId, parts: PartsOfApp) -> Response:
     """State, text so far, usage, times, attempt, viewers, place in the queue."""
     log = await parts.log.read(stream_id)
     state = await parts.log.state(stream_id)
     if state.ended_ms is not None and not log[-1].terminal:
         # It has ended since the log was read, and the end would be told without its reason.
         log += await parts.log.read(stream_id, log[-1].cursor)
-    return StreamStatus.of(stream_id, state, log, parts.presence.total(stream_id, state))
+    status = StreamStatus.of(stream_id, state, log, parts.presence.total(stream_id, state))
+    # Not by FastAPI: it can write neither half an emoji nor what is nested deeply, and a model
+    # service may send either.
+    return Response(to_json(dict(status)), media_type="application/json")
 
 
 @router.post(

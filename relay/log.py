@@ -377,7 +377,7 @@ _REASONS = {
 }
 
 
-def _outcome(batch: Batch, answer: tuple[bytes, int, int]) -> Appended | StreamLost | ResponseError:
+def _outcome(batch: Batch, answer: list[Any]) -> Appended | StreamLost | ResponseError:
     verdict, next_seq, cancel = answer
     stands = next_seq == batch.first + batch.length
     repeated_closing = verdict == b"closed" and batch.ends and stands

@@ -451,9 +451,11 @@ async def test_what_is_so_in_any_case_may_be_said(sdk: AsyncOpenAI) -> None:
         model=MODEL, input=question(chunks=1), stream=None, background=None
     )
     assert response.output_text == "0 "
-    options: Any = {"stream": True, "stream_options": {"include_obfuscation": False}}
-    stream = await sdk.chat.completions.create(**asked, **options)
+    plain = {"include_obfuscation": False}
+    without_usage: Any = {"stream": True, "stream_options": plain | {"include_usage": None}}
+    stream = await sdk.chat.completions.create(**asked, **without_usage)
     assert await taken(stream) == ("0 ", None)
+    options: Any = {"stream": True, "stream_options": plain}
     created = await sdk.responses.create(model=MODEL, input=question(chunks=1), **options)
     events = [event async for event in created]
     response_id = events[0].response.id

@@ -17,6 +17,7 @@ from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
 from api.wires.chat_completions import STATUSES
+from relay.events import COMPLETED, entry
 from relay.ids import new_stream_id
 from relay.log import VIEWERS_SECONDS, Log
 from relay.settings import MIB, Settings
@@ -297,6 +298,21 @@ async def test_a_stream_that_ends_while_it_is_looked_at_is_told_as_one_that_has_
     told = [status[name] is not None for name in ("finish_reason", "ended_ms")]
     assert told == [status["status"] == "completed"] * 2
     assert status["text"] == ("late" if all(told) else "")
+
+
+async def test_a_stream_can_be_looked_at_whatever_its_model_service_said(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    deep: Any = "\ud83d"
+    for _ in range(300):
+        deep = {"deeper": deep}
+    writer = Writer(redis)
+    await writer.create()
+    await writer.begin()
+    await writer.append(entry(COMPLETED, {"finish_reason": "stop", "usage": deep}))
+    response = await api.get(f"/streams/{writer.stream_id}")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["usage"] == deep
 
 
 async def test_a_queued_stream_is_cancelled_on_the_spot_however_often_it_is_asked(
