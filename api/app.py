@@ -56,6 +56,7 @@ SHAPES = {
     # Before the rest of /v1: the first that fits counts.
     "/v1/responses": responses.SHAPE,
     "/v1/": openai_errors.SHAPE,
+    "/openai/": openai_errors.SHAPE,
     "/api/": ai_sdk.SHAPE,
 }
 
@@ -117,6 +118,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(router)
     app.include_router(metrics.router)
     app.include_router(chat_completions.router)
+    app.include_router(chat_completions.azure)
     app.include_router(responses.router)
     app.include_router(ai_sdk.router)
     app.router.routes.extend(page.routes())

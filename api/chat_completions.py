@@ -1,13 +1,13 @@
-"""OpenAI's chat completions API: for every client that speaks it, unmodified."""
+"""OpenAI's chat completions API, and Azure's: for every client that speaks it, unmodified."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.types import Send
 
-from api.asking import AskingOfRequest
-from api.chat_request import ChatCompletionRequest
+from api.asking import Asking, AskingOfRequest
+from api.chat_request import ChatCompletionRequest, DeploymentRequest
 from api.feed import Feed
 from api.held_viewer import HeldViewer, Superseded
 from api.long_response import Exit
@@ -26,6 +26,7 @@ from api.wires import sse
 from relay.events import CANCELLED, to_json
 
 router = APIRouter(prefix="/v1")
+azure = APIRouter(prefix="/openai/deployments")
 
 
 class ChatCompletionViewer(HeldViewer):
@@ -67,29 +68,57 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "chat-relay"}
 
 
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A `chat.completion`, or with `stream` its chunks as server-sent "
+        "events. X-Stream-Id is the stream's id on the native API: to watch it, resume it or "
+        "cancel it. Errors have OpenAI's shape.",
+        "content": {"application/json": {}, sse.MEDIA_TYPE: {}},
+    },
+    **RESPONSES,
+    410: {**RESPONSES[404], "description": "The answer was erased, has expired or was lost"},
+}
+
+
 @router.post(
     "/chat/completions",
     summary="OpenAI's chat completions",
     response_class=Response,
-    responses={
-        200: {
-            "description": "A `chat.completion`, or with `stream` its chunks as server-sent "
-            "events. X-Stream-Id is the stream's id on the native API: to watch it, resume it or "
-            "cancel it. Errors have OpenAI's shape.",
-            "content": {"application/json": {}, sse.MEDIA_TYPE: {}},
-        },
-        **RESPONSES,
-        410: {**RESPONSES[404], "description": "The answer was erased, has expired or was lost"},
-    },
+    responses=_ANSWERS,
 )
 async def create(
     request: Request, body: ChatCompletionRequest, asking: AskingOfRequest
 ) -> Response:
     """Queue a job and answer with what the model says. Dropping the connection does not stop the
     answer, unless X-On-Disconnect asks for it."""
+    return await _answer(request, body, asking, body.model)
+
+
+@azure.post(
+    "/{deployment}/chat/completions",
+    summary="Azure's chat completions",
+    response_class=Response,
+    responses=_ANSWERS,
+)
+async def create_by_deployment(
+    request: Request,
+    body: DeploymentRequest,
+    asking: AskingOfRequest,
+    deployment: Annotated[str, Path(description="One of GET /v1/models.")],
+) -> Response:
+    """The same, where Azure's clients ask for it; `api-version` may be any."""
+    return await _answer(request, body, asking, deployment)
+
+
+async def _answer(
+    request: Request,
+    body: ChatCompletionRequest | DeploymentRequest,
+    asking: Asking,
+    model: str,
+) -> Response:
     parts = asking.parts
-    if body.model != parts.model:
-        return unknown_model(body.model, parts.model)
+    if model != parts.model:
+        return unknown_model(model, parts.model)
     asking.must_stay()
     feed = await asking.begin(body)
     if not body.stream:

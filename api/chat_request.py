@@ -138,10 +138,9 @@ class ChatStreamOptions(StreamOptions):
     include_usage: bool | None = False
 
 
-class ChatCompletionRequest(Asked):
-    """The body of POST /v1/chat/completions."""
+class _Completion(Asked):
+    """What OpenAI and Azure know alike."""
 
-    model: str = Field(description="One of GET /v1/models.")
     stream: bool | None = False
     stream_options: ChatStreamOptions | None = None
 
@@ -154,3 +153,15 @@ class ChatCompletionRequest(Asked):
             return given
         known = cls.model_fields
         return {name: value for name, value in given.items() if value is not None or name in known}
+
+
+class ChatCompletionRequest(_Completion):
+    """The body of POST /v1/chat/completions."""
+
+    model: str = Field(description="One of GET /v1/models.")
+
+
+class DeploymentRequest(_Completion):
+    """The body of POST /openai/deployments/{deployment}/chat/completions."""
+
+    model: str | None = Field(None, description="Passed over: the path names the deployment.")

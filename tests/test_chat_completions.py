@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
@@ -417,6 +417,27 @@ async def test_the_model_is_listed_and_any_other_refused(sdk: AsyncOpenAI) -> No
     with pytest.raises(openai.NotFoundError) as raised:
         await sdk.chat.completions.create(model="gpt-99", messages=question())
     assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+
+
+async def test_azures_own_client_is_answered_by_the_deployment_that_its_path_names(
+    stack: httpx2.AsyncClient,
+) -> None:
+    asked: Any = {"messages": question(chunks=2)}
+    azure: Any = {"azure_endpoint": str(stack.base_url), "api_key": "k", "max_retries": 0}
+    async with AsyncAzureOpenAI(**azure, api_version="2024-10-21") as sdk:
+        stream = await sdk.chat.completions.create(**asked, model=MODEL, stream=True)
+        assert await taken(stream) == ("0 1 ", None)
+        with pytest.raises(openai.NotFoundError) as missing:
+            await sdk.chat.completions.create(**asked, model="gpt-99")
+        with pytest.raises(openai.BadRequestError) as refused:
+            await sdk.chat.completions.create(**asked, model=MODEL, temperature=9)
+    assert (missing.value.code, refused.value.param) == ("model_not_found", "temperature")
+    deployment: Any = {"azure_deployment": MODEL, "api_version": "preview"}
+    async with AsyncAzureOpenAI(**azure, **deployment) as sdk:
+        whole = await sdk.chat.completions.create(**asked, model="as the application calls it")
+    assert whole.choices[0].message.content == "0 1 "
+    bare = await stack.post(f"/openai/deployments/{MODEL}/chat/completions", json=asked)
+    assert bare.json()["choices"][0]["message"]["content"] == "0 1 "
 
 
 @pytest.mark.parametrize(

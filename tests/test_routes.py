@@ -389,6 +389,7 @@ async def test_what_fails_outside_of_any_route_has_the_shape_of_the_api_that_was
     body = {"messages": [{"role": "user", "content": "Hi"}], "model": "demo"}
     for method, path, content, status, expected in (
         ("POST", "/v1/embeddings", body, 404, "not_found"),
+        ("POST", "/openai/deployments/demo/embeddings", body, 404, "not_found"),
         ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
         ("POST", "/v1/chat/completions", "x" * MIB, 413, "body_too_large"),
         ("POST", "/v1/chat/completions", body, 500, "internal"),
@@ -519,6 +520,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
         "/streams/{stream_id}/events",
         "/streams/{stream_id}/cancel",
         "/streams/events",
+        "/openai/deployments/{deployment}/chat/completions",
         "/v1/chat/completions",
         "/v1/models",
         "/v1/models/{name}",
@@ -545,7 +547,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
                 content = operation["responses"][status]["content"]
                 assert set(content) == {
                     "application/json"
-                    if path.startswith(("/v1/", "/api/"))
+                    if path.startswith(("/v1/", "/openai/", "/api/"))
                     else "application/problem+json"
                 }, path
     completion = set(paths["/v1/chat/completions"]["post"]["responses"])
