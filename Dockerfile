@@ -1,5 +1,5 @@
 # One image for both processes: the command says which.
-FROM python:3.12.8-slim-bookworm AS build
+FROM python:3.12.14-slim-bookworm AS build
 WORKDIR /src
 COPY requirements/entra.txt requirements/entra.txt
 RUN python -m venv /opt/relay \
@@ -12,7 +12,7 @@ COPY cli cli
 COPY emulator emulator
 RUN /opt/relay/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
-FROM python:3.12.8-slim-bookworm
+FROM python:3.12.14-slim-bookworm
 RUN useradd --system --uid 10001 --no-create-home relay
 COPY --from=build /opt/relay /opt/relay
 ENV PATH=/opt/relay/bin:$PATH PYTHONUNBUFFERED=1 RELAY_HOST=0.0.0.0 RELAY_LOG_FORMAT=json
