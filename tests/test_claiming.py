@@ -735,6 +735,18 @@ async def test_a_round_that_redis_refuses_is_followed_by_the_next(
         await until(is_counted)
 
 
+async def test_of_a_redis_that_is_away_the_listener_alone_tells(
+    settings: Settings, said: list[Any]
+) -> None:
+    async def tried_again() -> bool:
+        return events_of(said).count("redis_lost") >= 4
+
+    async with running_worker(changed(settings, redis_url="unix:///nowhere")):
+        await until(tried_again)
+        told = events_of(said)
+    assert set(told[told.index("redis_lost") + 1 :]) == {"redis_lost"}
+
+
 async def waiting_for_calls(redis: Redis, calls: int) -> None:
     enough = await evalsha_calls(redis) + calls
 

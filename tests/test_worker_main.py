@@ -192,7 +192,7 @@ async def test_a_worker_that_starts_before_redis_waits_for_it(
     async with worker_process(env | {"REDIS_URL": "redis://127.0.0.1:1"}, tmp_path) as process:
         assert process.stderr is not None
         async with asyncio.timeout(10):
-            while b"claim_failed" not in await process.stderr.readline():
+            while b"redis_lost" not in await process.stderr.readline():
                 pass
         process.terminate()
         assert (await ended(process, 2))[0] == 0

@@ -165,7 +165,7 @@ class ClaimingWorker(Worker):
                     self._waiting = True
                     await self._claims.wait_for_job(self._patient_redis, POLL_SECONDS)
             except RedisError as error:
-                logger.warning("claim_failed", error=reason(error))
+                self._tell("claim_failed", error)
                 await asyncio.sleep(REDIS_RETRY_SECONDS)
             finally:
                 self._waiting = False
@@ -275,7 +275,12 @@ class ClaimingWorker(Worker):
             try:
                 await work()
             except RedisError as error:
-                logger.warning("round_failed", work=work.__name__, error=reason(error))
+                self._tell("round_failed", error, work=work.__name__.lstrip("_"))
                 # A lease that was not renewed runs on: there is no time to wait out the round.
                 pause = min(seconds, REDIS_RETRY_SECONDS)
             await asyncio.sleep(pause)
+
+    def _tell(self, event: str, error: RedisError, **more: str) -> None:
+        """But of a Redis that is away the listener tells, once for all."""
+        if not self._listener.away:
+            logger.warning(event, **more, error=reason(error))
