@@ -9,7 +9,7 @@
 | relay:chat:{chat id} | string | id of the newest stream that answers there |
 | relay:queue | sorted set | arq's queue: ids of jobs, by the time they came (ms) |
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
-| relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms) |
+| relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms; see release.lua) |
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
 | relay:ended | hash | kind of terminal event, of `failed` with its code -> how many ended so |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |

@@ -51,6 +51,8 @@ async def test_an_answer_comes_whole(stack: httpx2.AsyncClient) -> None:
     kinds = [event.event for event in events if event.event != "queued"]
     assert kinds == ["started", *["chunk"] * (len(kinds) - 2), "completed"]
     assert text_of(events) == FIFTY
+    [started] = [event.json() for event in events if event.event == "started"]
+    assert started == {"attempt": 1, "model": "demo"}
     ending = events[-1].json()
     assert isinstance(ending, dict)
     assert ending["finish_reason"] == "stop"

@@ -484,6 +484,18 @@ async def test_who_repeats_a_request_watches_the_stream_that_stands(
     assert "".join(text_in(again)) == "0 1 2 "
 
 
+async def test_who_repeats_a_request_listens_to_no_other_stream(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    headers = {"idempotency-key": "once"}
+    stream_id = (await api.post("/chat", json=asking(), headers=headers)).json()["stream_id"]
+    again: Any = {"json": asking(), "headers": headers | {"accept": "text/event-stream"}}
+    async with api.stream("POST", "/chat", **again) as response:
+        await anext(response.aiter_bytes())
+        channels = await redis.pubsub_channels("relay:*:channel")
+    assert channels == [f"relay:{stream_id}:channel".encode()]
+
+
 def text_in(response: httpx2.Response) -> list[str]:
     lines = response.text.split("\n")
     data = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]

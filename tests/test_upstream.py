@@ -817,6 +817,29 @@ async def test_answers_in_sequence_share_a_connection() -> None:
     assert len(set(emulator.ports)) == 1
 
 
+async def test_a_connection_is_kept_whose_body_ends_only_after_all_is_said() -> None:
+    taken = asyncio.Event()
+
+    async def answer_twice(
+        server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        for _ in range(2):
+            await server.request(reader)
+            writer.write(HEAD + body(SAID + b"data: [DONE]\n\n"))
+            await taken.wait()
+            taken.clear()
+            writer.write(b"0\r\n\r\n")
+
+    async with (
+        asyncio.timeout(5),
+        serving(answer_twice) as server,
+        azure(f"http://127.0.0.1:{server.port}") as upstream,
+    ):
+        for _ in range(2):
+            await upstream.stream(asking(), lambda _: taken.set())
+    assert server.connections == 1
+
+
 async def test_many_answers_come_at_once_and_are_not_mixed(emulator_url: str) -> None:
     async with azure(emulator_url) as upstream:
         answers = await asyncio.gather(
