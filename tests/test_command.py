@@ -10,6 +10,7 @@ import tomllib
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -17,6 +18,7 @@ import pytest
 import typer
 
 from cli import main
+from cli.__main__ import run as run_relay
 from cli.processes import base_url, end_with_parent, free_port
 from cli.redis_server import find_redis_server
 from emulator.script import prompt
@@ -292,6 +294,17 @@ async def test_without_a_word_the_words_are_told(tmp_path: Path) -> None:
     await process.wait()
     for word in ("up", "api", "worker", "chat", "watch", "cancel", "--version"):
         assert f" {word} " in told
+
+
+def test_a_ctrl_c_while_all_is_still_imported_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, _: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "cli.main", Interrupted("cli.main"))
+    with pytest.raises(SystemExit) as ended:
+        run_relay()
+    assert ended.value.code == 130
 
 
 async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
