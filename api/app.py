@@ -24,6 +24,7 @@ from api import (
     webhook,
 )
 from api.body_limit import BodyLimit
+from api.hosts import Hosts, is_loopback
 from api.hub import Hub
 from api.parts import ANY_MODEL, Parts
 from api.presence import Presence
@@ -114,6 +115,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.cors_origins = settings.cors_origins
+    app.allowed_hosts = _allowed_hosts(settings)
     problems.install(app, SHAPES)
     app.include_router(router)
     app.include_router(metrics.router)
@@ -130,10 +132,21 @@ class _Api(FastAPI):
     """FastAPI's stack is a dozen coroutines deep. The shortcut stands before all of it."""
 
     cors_origins = ""
+    allowed_hosts: frozenset[str] | None = None
+    """None for any."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        stack = Shortcut(super().build_middleware_stack())
-        return _with_cors(stack, self.cors_origins) if self.cors_origins else stack
+        stack: ASGIApp = Shortcut(super().build_middleware_stack())
+        if self.cors_origins:
+            stack = _with_cors(stack, self.cors_origins)
+        return stack if self.allowed_hosts is None else Hosts(stack, self.allowed_hosts)
+
+
+def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
+    names = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(","))
+    if "*" in names or not (settings.allowed_hosts or is_loopback(settings.host)):
+        return None
+    return names
 
 
 def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:

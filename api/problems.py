@@ -65,6 +65,7 @@ TITLES = {
     "redis_away": "Redis is away",
     "stream_gone": "The stream is gone",
     "stream_unknown": "There is no such stream",
+    "unknown_host": "This server does not go by that name",
 }
 
 

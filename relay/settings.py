@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     redis_server: str | None = Field(None, validation_alias="RELAY_REDIS_SERVER")
     log_format: Literal["text", "json"] = Field("text", validation_alias="RELAY_LOG_FORMAT")
     cors_origins: str = Field("", validation_alias="RELAY_CORS_ORIGINS")
+    allowed_hosts: str = Field("", validation_alias="RELAY_ALLOWED_HOSTS")
 
     system_prompt: str | None = Field(None, validation_alias="RELAY_SYSTEM_PROMPT")
     temperature: float | None = Field(None, ge=0, le=2, validation_alias="RELAY_TEMPERATURE")

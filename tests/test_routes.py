@@ -523,6 +523,33 @@ async def test_other_origins_are_let_in_only_where_they_are_named(settings: Sett
             assert (await api.options("/chat", headers=asked)).status_code == 200
 
 
+HERE = ["127.0.0.1:8000", "[::1]:8000", "localhost", "Localhost.:80", "a.localhost", "x"]
+NAMES = ["evil.example", "Evil.Example:8000", "127.0.0.1.evil.example", "localhost.evil", "a.b:x"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused", "taken"),
+    [
+        ({}, [*NAMES, "app.example"], HERE),
+        ({"allowed_hosts": "app.example, Other.example"}, NAMES, [*HERE, "other.example:80"]),
+        ({"allowed_hosts": "*"}, [], NAMES),
+        ({"host": "0.0.0.0"}, [], NAMES),  # noqa: S104
+        ({"host": "0.0.0.0", "allowed_hosts": "app.example"}, NAMES, ["app.example."]),  # noqa: S104
+    ],
+)
+async def test_a_server_of_one_machine_is_asked_by_no_name_of_the_internet(
+    settings: Settings, redis: Redis, changes: Any, refused: list[str], taken: list[str]
+) -> None:
+    async with running_api(changed(settings, **changes)) as api:
+        for host in refused:
+            response = await api.post("/chat", json=asking(), headers={"host": host})
+            assert code(response, 421) == "unknown_host"
+        assert await redis.zcard("relay:queue") == 0
+        for host in taken:
+            response = await api.post("/chat", json=asking(), headers={"host": host})
+            assert response.status_code == 202, host
+
+
 async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None:
     document = (await api.get("/openapi.json")).json()
     paths = document["paths"]
