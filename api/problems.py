@@ -119,7 +119,7 @@ def answer_to(error: Exception, shape: Shape) -> Response:
         # Each API has finer codes for it, and they are counted as one.
         REFUSED.labels("invalid_request").inc()
         return shape.refuse_invalid(error)
-    status, code, detail = _told(error)
+    status, code, detail = _status_code_detail(error)
     REFUSED.labels(code).inc()
     response = shape.refuse(status, code, detail)
     if isinstance(error, HTTPException):
@@ -127,7 +127,7 @@ def answer_to(error: Exception, shape: Shape) -> Response:
     return response
 
 
-def _told(error: Exception) -> tuple[int, str, str]:
+def _status_code_detail(error: Exception) -> tuple[int, str, str]:
     """Status, code and one sentence; what an operator should know of goes to the log."""
     match error:
         case RelayError():

@@ -29,7 +29,7 @@ class Refused(UpstreamError):
 
     def __init__(self, response: httpx2.Response, error: dict[str, Any]) -> None:
         names = {key: identifier(error.get(key)) for key in ("code", "param")}
-        code, message, retryable = _told(response.status_code, **names)
+        code, message, retryable = _classified(response.status_code, **names)
         ids = {name: word(response.headers, name) for name in REQUEST_IDS}
         causes = [f"HTTP {response.status_code}", names["code"]]
         causes += [f"{name}={value}" for name, value in ids.items() if value]
@@ -93,7 +93,7 @@ def _error_in(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _told(status: int, code: str, param: str) -> tuple[str, str, bool]:
+def _classified(status: int, code: str, param: str) -> tuple[str, str, bool]:
     """Code, message, and whether the same may succeed later; of a status and the vendor's names."""
     if code == "content_filter":
         message = "The model service's filter refused the prompt: change it."

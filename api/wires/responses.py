@@ -37,7 +37,7 @@ _ERROR_CODES = {
 """The codes that this API knows; any other of ours is its `server_error`. The model service's own
 goes before them."""
 
-_Told = Iterator[tuple[str, Chunk]]
+_Frames = Iterator[tuple[str, Chunk]]
 """Types of frames without their `response.`, and what each has beside its type and number."""
 
 
@@ -111,11 +111,11 @@ class _Part:
         # Nobody can ask for them here, but the SDK's types have them as required.
         self._logprobs: Chunk = {"logprobs": []} if kind == "output_text" else {}
 
-    def grow(self, text: str) -> _Told:
+    def grow(self, text: str) -> _Frames:
         self._texts.append(text)
         yield f"{self._kind}.delta", {**self._place, "delta": text, **self._logprobs}
 
-    def done(self) -> _Told:
+    def done(self) -> _Frames:
         yield f"{self._kind}.done", {**self._place, self._field: self.text, **self._logprobs}
 
     @property
@@ -137,10 +137,10 @@ class _Item:
         self._parts: dict[str, _Part] = {}
         self.status = "in_progress"
 
-    def added(self) -> _Told:
-        yield "output_item.added", self._told()
+    def added(self) -> _Frames:
+        yield "output_item.added", self._as_item()
 
-    def grow(self, kind: str, text: str) -> _Told:
+    def grow(self, kind: str, text: str) -> _Frames:
         if kind not in self._parts:
             place = {**self._place, "content_index": len(self._parts)}
             field = "refusal" if kind == "refusal" else "text"
@@ -148,19 +148,19 @@ class _Item:
             yield "content_part.added", {**place, "part": part.whole()}
         yield from self._parts[kind].grow(text)
 
-    def close(self, status: str) -> _Told:
+    def close(self, status: str) -> _Frames:
         self.status = status
         for index, part in enumerate(self._parts.values()):
             yield from part.done()
             place = {**self._place, "content_index": index}
             yield "content_part.done", {**place, "part": part.whole()}
-        yield "output_item.done", self._told()
+        yield "output_item.done", self._as_item()
 
     def whole(self) -> Chunk:
         content = [part.whole() for part in self._parts.values()]
         return {**self._head, "status": self.status, **self._fields, "content": content}
 
-    def _told(self) -> Chunk:
+    def _as_item(self) -> Chunk:
         return {"output_index": self._place["output_index"], "item": self.whole()}
 
 
@@ -171,13 +171,13 @@ class _Call(_Item):
         super().__init__("function_call", item_id, index, fields)
         self._arguments = _Part("function_call_arguments", "arguments", self._place)
 
-    def grow(self, kind: str, text: str) -> _Told:
+    def grow(self, kind: str, text: str) -> _Frames:
         yield from self._arguments.grow(text)
 
-    def close(self, status: str) -> _Told:
+    def close(self, status: str) -> _Frames:
         self.status = status
         yield from self._arguments.done()
-        yield "output_item.done", self._told()
+        yield "output_item.done", self._as_item()
 
     def whole(self) -> Chunk:
         arguments = {"arguments": self._arguments.text}
@@ -197,7 +197,7 @@ class _Response:
         self._status = QUEUED
         self._ending: Chunk = {}
 
-    def take(self, event: Event) -> _Told:
+    def take(self, event: Event) -> _Frames:
         """What this event adds, to be taken to its end."""
         chunk = None if event.kind == TEXT else self._expander.chunk(event)
         if event.kind == TEXT:
@@ -235,7 +235,7 @@ class _Response:
             "usage": self._ending.get("usage"),
         }
 
-    def _grow(self, chunk: Chunk) -> _Told:
+    def _grow(self, chunk: Chunk) -> _Frames:
         """By the first choice, which is the only one that can be asked for here."""
         for choice in chunk.get("choices") or ():
             if choice.get("index", 0) != 0:
@@ -249,12 +249,12 @@ class _Response:
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)
 
-    def _message(self, kind: str, text: str) -> _Told:
+    def _message(self, kind: str, text: str) -> _Frames:
         if text:
             yield from self._item("message", "msg", "message", {"role": "assistant"})
             yield from self._items["message"].grow(kind, text)
 
-    def _call(self, call: Chunk) -> _Told:
+    def _call(self, call: Chunk) -> _Frames:
         function = call.get("function") or {}
         # Each call has its name and id in its first piece.
         self._newest_call = call_key(call, self._newest_call)
@@ -264,7 +264,7 @@ class _Response:
         if text := function.get("arguments"):
             yield from self._items[key].grow("arguments", text)
 
-    def _item(self, key: str, prefix: str, kind: str, fields: Chunk) -> _Told:
+    def _item(self, key: str, prefix: str, kind: str, fields: Chunk) -> _Frames:
         """Begin an item, if it has not begun. Its index is never another attempt's."""
         if key in self._items:
             return
@@ -275,11 +275,11 @@ class _Response:
         self._begun += 1
         yield from item.added()
 
-    def _close(self, status: str) -> _Told:
+    def _close(self, status: str) -> _Frames:
         for item in self._items.values():
             yield from item.close(status)
 
-    def _end(self, event: Event) -> _Told:
+    def _end(self, event: Event) -> _Frames:
         value = event.value()
         self._status, self._ending = _ending(event.kind, value)
         yield from self._close("completed" if self._status == COMPLETED else "incomplete")
