@@ -21,6 +21,7 @@ class HeldViewer(Viewer):
     """A wire whose status and headers wait for its first words, so that an answer which ends before
     them is an error by its status. What it has said cannot be taken back."""
 
+    resumes = False
     rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
     _silent = 0

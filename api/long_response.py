@@ -27,6 +27,10 @@ COME_BACK_MS = (500, 2000)
 whom one process loses at once must not storm the next one together."""
 
 
+LATE = 0.9
+"""After so much of the drain."""
+
+
 class Pace(NamedTuple):
     """The times of a long response."""
 
@@ -65,15 +69,22 @@ def come_back() -> bytes:
     return sse.retry(random.randint(*COME_BACK_MS))  # noqa: S311 - it is no secret
 
 
-def send_away(over: asyncio.Future[Exit], drain_seconds: float) -> asyncio.TimerHandle:
-    """Choose a moment of its own, so that not all clients storm the next process at once."""
-    seconds = random.uniform(0, drain_seconds)  # noqa: S311 - it is no secret
+def send_away(
+    over: asyncio.Future[Exit], drain_seconds: float, *, resumes: bool
+) -> asyncio.TimerHandle:
+    """Choose a moment of its own, so that not all clients storm the next process at once; a late
+    one for those that could not go on there, whose answer may end before."""
+    earliest = 0 if resumes else LATE * drain_seconds
+    seconds = random.uniform(earliest, drain_seconds)  # noqa: S311 - it is no secret
     return asyncio.get_running_loop().call_later(seconds, settle, over, Exit.SENT_AWAY)
 
 
 class LongResponse(Response):
     """It ends by itself; broken off when this process drains, at a moment of its own; and, socket
     and all, when the client takes nothing for `write_seconds`."""
+
+    resumes = True
+    """Whether its clients go on elsewhere with what they have."""
 
     def __init__(self, hub: Hub, pace: Pace, *, headers: dict[str, str] | None = None) -> None:
         # Not by the base class: it would give the stream a length, and each viewer 700 bytes of
@@ -131,7 +142,7 @@ class LongResponse(Response):
 
     def _part_when_draining(self, over: asyncio.Future[Exit]) -> None:
         if self._hub.draining and self._parting is None:
-            self._parting = send_away(over, self._pace.drain_seconds)
+            self._parting = send_away(over, self._pace.drain_seconds, resumes=self.resumes)
 
     async def _end_early(self, send: Send, why: Exit) -> None:
         """Nothing is left to say to one that left; one that is sent away is to come back."""

@@ -43,7 +43,7 @@ async def _until(
     try:
         while not (reached() or over.done()):
             if parts.hub.draining and parting is None:
-                parting = send_away(over, parts.pace.drain_seconds)
+                parting = send_away(over, parts.pace.drain_seconds, resumes=False)
             await feed.changed(parts.pace.heartbeat_seconds, unless=over)
     finally:
         watching.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import tracemalloc
 
 import pytest
@@ -366,6 +367,27 @@ async def test_until_it_must_go_a_viewer_is_told_everything_and_an_answer_that_e
             await asyncio.wait(_others())
         assert taker.ended
     assert taker.body.count(b"retry: ") == 1
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+async def test_only_who_can_go_on_elsewhere_leaves_early_in_a_drain(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    monkeypatch.setattr(random, "uniform", lambda earliest, _: earliest)
+    log = Log()
+    log.add(STARTS, *text("a"))
+    either = viewer if resumes else text_viewer
+    async with viewing(either(hub, log, drain_seconds=3600)) as taker:
+        await taker.has(b"a")
+        hub.draining = True
+        log.feed.wake()
+        if not resumes:
+            for _ in range(5):  # In which the other one leaves.
+                await asyncio.sleep(0)
+            log.add(ENDS)
+        async with asyncio.timeout(5):
+            await asyncio.wait(_others())
+        assert taker.ended == (not resumes)
 
 
 async def test_an_answer_that_was_taken_whole_ends_cleanly_though_its_viewer_must_go(
