@@ -54,8 +54,9 @@ Errors are RFC 9457 problems with a stable `code`.
 """
 
 SHAPES = {
-    # Before the rest of /v1: the first that fits counts.
+    # Before the rest of either /v1: the first that fits counts.
     "/v1/responses": responses.SHAPE,
+    "/openai/v1/responses": responses.SHAPE,
     "/v1/": openai_errors.SHAPE,
     "/openai/": openai_errors.SHAPE,
     "/api/": ai_sdk.SHAPE,
@@ -122,6 +123,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(chat_completions.router)
     app.include_router(chat_completions.azure)
     app.include_router(responses.router)
+    for theirs in (chat_completions.router, responses.router):
+        # Where Azure has OpenAI's own paths.
+        app.include_router(theirs, prefix="/openai", include_in_schema=False)
     app.include_router(ai_sdk.router)
     app.router.routes.extend(page.routes())
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
@@ -156,5 +160,11 @@ def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         # In a page of another origin openai's SDK must see it, too, or it tries again in vain.
-        expose_headers=["location", "x-stream-id", "retry-after", "x-should-retry"],
+        expose_headers=[
+            "location",
+            "x-stream-id",
+            "x-request-id",
+            "retry-after",
+            "x-should-retry",
+        ],
     )

@@ -24,6 +24,12 @@ logger = get_logger()
 LONGEST_KEY = 255
 
 
+def names(stream_id: str) -> dict[str, str]:
+    """The headers by which an answer names its stream under the APIs of OpenAI, whose SDKs have the
+    second as `_request_id`: so it stands in what their users log already."""
+    return {"x-stream-id": stream_id, "x-request-id": stream_id}
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """What a request says of its stream beside its body, by the same headers on every API."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 from starlette.types import Send
 
-from api.asking import Asking, AskingOfRequest
+from api.asking import Asking, AskingOfRequest, names
 from api.chat_request import ChatCompletionRequest, DeploymentRequest
 from api.feed import Feed
 from api.held_viewer import HeldViewer, Superseded
@@ -130,7 +130,7 @@ async def _answer(
         feed,
         None,
         parts.pace,
-        headers={"x-stream-id": feed.stream_id},
+        headers=names(feed.stream_id),
         on_leave=asking.on_leave(feed),
     )
 

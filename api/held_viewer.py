@@ -34,7 +34,7 @@ class HeldViewer(Viewer):
             self._part_when_draining(over)
             await self._feed.changed(self._pace.heartbeat_seconds, unless=over)
         if not self._speaks() and (failure := self._failure(over)):
-            for name in ("x-stream-id", "location"):
+            for name in ("x-stream-id", "x-request-id", "location"):
                 if name in self.headers:
                     failure.headers[name] = self.headers[name]
             await failure(scope, receive, send)

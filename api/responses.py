@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from api import openai_errors
-from api.asking import AskingOfRequest
+from api.asking import AskingOfRequest, names
 from api.feed import Feed
 from api.long_response import Exit
 from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
@@ -57,7 +57,7 @@ class ResponseViewer(Viewer):
             feed,
             None,
             parts.pace,
-            headers={"x-stream-id": feed.stream_id},
+            headers=names(feed.stream_id),
             on_leave=on_leave,
         )
         self.wire = born
@@ -146,7 +146,7 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
         left = await until_begun(request, parts, feed) is Exit.LEFT
         # The viewer does what is to be done when its client has left.
         if not (feed.begun or left) and (failure := failure_of(feed, _refusal)):
-            failure.headers["x-stream-id"] = feed.stream_id
+            failure.headers.update(names(feed.stream_id))
             return failure
     return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))
 
@@ -226,7 +226,7 @@ async def _now(parts: Parts, stream_id: str) -> Response:
     """The response as far as its log goes."""
     events = await parts.log.read(stream_id)
     body = to_json(codec.fold(await _born(parts, stream_id), events))
-    return Response(body, media_type="application/json", headers={"x-stream-id": stream_id})
+    return Response(body, media_type="application/json", headers=names(stream_id))
 
 
 async def _born(parts: Parts, stream_id: str) -> codec.Born:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from fastapi import Request, Response
 
-from api.asking import Asking
+from api.asking import Asking, names
 from api.feed import Feed
 from api.long_response import Exit, send_away, until_left
 from api.parts import Parts
@@ -20,7 +20,7 @@ async def when_ended(
     if on_leave is not None and why is Exit.LEFT and not feed.ended:
         await on_leave()
     response = answer(feed)
-    response.headers["x-stream-id"] = feed.stream_id
+    response.headers.update(names(feed.stream_id))
     return response
 
 

@@ -21,6 +21,7 @@ from cli.redis_server import RedisServer
 from emulator.app import Emulator
 from emulator.script import prompt
 from relay.events import FAILED, Cursor, Event, to_json
+from relay.ids import is_stream_id, new_stream_id
 from relay.settings import Settings
 from tests.conftest import changed, running_api, running_worker, stack_settings, text_of, watch
 from tests.corpus import CORPUS, LOOKUP
@@ -165,6 +166,20 @@ async def test_what_the_sdk_has_parsed_is_sent_back_with_it_and_the_model_does_n
     seen = emulator.requests[-1].body["messages"]
     assert [each["content"] for each in seen[1:5:2]] == ['{"rain":true}'] * 2
     assert "parsed" not in json.dumps(seen)
+
+
+async def test_the_sdk_names_the_stream_whatever_became_of_it(sdk: AsyncOpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": question(chunks=1)}
+    whole = await sdk.chat.completions.create(**asked)
+    response = await sdk.responses.create(model=MODEL, input=question(chunks=1))
+    assert is_stream_id(whole._request_id or "")
+    assert response.id == f"resp_{response._request_id}"
+    assert (await sdk.responses.retrieve(response.id))._request_id == response._request_id
+    asked["messages"] = question(status=400)
+    for stream in (True, False):
+        with pytest.raises(openai.BadRequestError) as raised:
+            await sdk.chat.completions.create(**asked, stream=stream)
+        assert is_stream_id(raised.value.request_id or "")
 
 
 async def test_the_same_answer_is_watched_and_resumed_natively(
@@ -419,7 +434,7 @@ async def test_the_model_is_listed_and_any_other_refused(sdk: AsyncOpenAI) -> No
     assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
 
 
-async def test_azures_own_client_is_answered_by_the_deployment_that_its_path_names(
+async def test_azures_clients_are_answered_where_azure_has_it(
     stack: httpx2.AsyncClient,
 ) -> None:
     asked: Any = {"messages": question(chunks=2)}
@@ -432,6 +447,13 @@ async def test_azures_own_client_is_answered_by_the_deployment_that_its_path_nam
         with pytest.raises(openai.BadRequestError) as refused:
             await sdk.chat.completions.create(**asked, model=MODEL, temperature=9)
     assert (missing.value.code, refused.value.param) == ("model_not_found", "temperature")
+    async with AsyncOpenAI(base_url=f"{stack.base_url}/openai/v1", api_key="k") as sdk:
+        response = await sdk.responses.create(model=MODEL, input=question(chunks=2))
+        assert response.output_text == "0 1 "
+        with pytest.raises(openai.NotFoundError):
+            await sdk.responses.retrieve(f"resp_{new_stream_id()}")
+        chat = await sdk.chat.completions.create(**asked, model=MODEL)
+        assert chat.choices[0].message.content == "0 1 "
     deployment: Any = {"azure_deployment": MODEL, "api_version": "preview"}
     async with AsyncAzureOpenAI(**azure, **deployment) as sdk:
         whole = await sdk.chat.completions.create(**asked, model="as the application calls it")
