@@ -61,6 +61,8 @@ def failed(feed: Feed) -> Response:
     status, theirs = status_of(value["code"]), value.get("upstream", {})
     code = theirs.get("code", value["code"])
     response = refusal(status, code, value["message"], param=theirs.get("param"))
+    if "retry_after" in value:
+        response.headers["retry-after"] = str(value["retry_after"])
     if not (feed.begun and value["retryable"]):
         # The worker has tried as often as it may: an SDK would multiply that by its own tries.
         response.headers["x-should-retry"] = "false"

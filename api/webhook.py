@@ -21,6 +21,7 @@ class Ending(BaseModel):
     code: str | None = Field(None, description="Why it failed; stable, for programs.")
     message: str | None = None
     retryable: bool | None = None
+    retry_after: int | None = Field(None, description="As the model service asks, in seconds.")
     upstream: dict[str, str] | None = Field(
         None, description="`code` and `param` by which the model service refused the request."
     )

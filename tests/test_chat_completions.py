@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from api.chat_request import ChatCompletionRequest
 from api.feed import Feed
 from api.openai_errors import failed
+from api.problems import RETRY_SECONDS
 from api.wires.chat_completions import encoder
 from cli.redis_server import RedisServer
 from emulator.app import Emulator
@@ -345,6 +346,29 @@ async def test_a_refusal_of_the_request_has_the_code_that_programs_match_on(
             response = await http.post("/v1/chat/completions", json=body)
     said = response.json()["error"]
     assert (said["code"], said["param"]) == (told or (error["code"], error["param"]))
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [
+        ({"status": 429, "retry_after": 30}, 30),
+        ({"status": 503, "retry_after_ms": 1500}, 2),
+        ({"status": 429, "retry_after": 1e300}, 86400),
+        ({"status": 429}, None),
+        ({"status": 400, "retry_after": 30}, None),
+    ],
+)
+async def test_how_long_the_model_service_asks_to_wait_is_told(
+    settings: Settings, script: Any, seconds: int | None
+) -> None:
+    settings = changed(settings, upstream_tries=1)
+    body = {"model": MODEL, "messages": question(**script)}
+    async with running_api(settings) as http, running_worker(settings):
+        response = await http.post("/v1/chat/completions", json=body)
+        [*_, failed] = await watch(http, response.headers["x-stream-id"])
+    assert json.loads(failed.data).get("retry_after") == seconds
+    ours = None if response.status_code == 400 else str(seconds or RETRY_SECONDS)
+    assert response.headers.get("retry-after") == ours
 
 
 def odd(delta: Any, reason: str | None = None) -> dict[str, Any]:

@@ -311,6 +311,14 @@ async def test_the_tries_are_bounded(
     assert emulator.total == tries
 
 
+async def test_a_quota_that_is_used_up_is_asked_for_once() -> None:
+    used_up = refusal(429, code="insufficient_quota")
+    async with answering(used_up) as (url, asked), azure(url, upstream_tries=3) as upstream:
+        _, error = await failure_of(upstream)
+    assert (error.code, error.retryable) == ("upstream_rate_limited", False)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("end", ["reset", "error", "garbage", "stall"])
 async def test_after_the_first_chunk_it_never_asks_again(
     end: str, emulator: Emulator, emulator_url: str

@@ -3,6 +3,7 @@ identifiers."""
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,11 +12,13 @@ from typing import Any
 import httpx2
 
 from relay.errors import Cut, UpstreamError, identifier
+from worker.retry import seconds_asked
 
 FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
 """What asking it may raise."""
 MOST_BYTES = 64 * 1024
 """Of what it says with an error status."""
+MOST_RETRY_AFTER = 86400
 WORDS_SECONDS = 2.0
 """How long that is waited for. Status and headers tell enough without it."""
 REQUEST_IDS = ("x-request-id", "apim-request-id")
@@ -37,6 +40,9 @@ class Refused(UpstreamError):
         self.headers: Mapping[str, str] = response.headers
         self.names = {key: name for key, name in names.items() if name and code in NAMED}
         """The vendor's own code and param, where they are about the request."""
+        asked = seconds_asked(response.headers)
+        self.retry_after = None if asked is None else math.ceil(min(asked, MOST_RETRY_AFTER))
+        """Whole seconds, as the vendor asks for them."""
 
 
 async def refused(response: httpx2.Response) -> Refused:
@@ -99,8 +105,11 @@ def _classified(status: int, code: str, param: str) -> tuple[str, str, bool]:
         message = "The model service's filter refused the prompt: change it."
         return "content_filter", message, False
     if status == 429:
+        used_up = code == "insufficient_quota"  # No waiting helps.
         message = "The model service is at its limit: wait, then ask again."
-        return "upstream_rate_limited", message, True
+        if used_up:
+            message = "The model service's quota is used up: tell this server's operator."
+        return "upstream_rate_limited", message, not used_up
     if status in {401, 403}:
         message = "The model service refused this server's key: tell its operator."
         return "upstream_denied", message, False

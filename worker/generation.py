@@ -139,8 +139,11 @@ class Generation:
                 message = "Something went wrong here: ask again."
                 code, retryable = "internal", True
         told: dict[str, Any] = {"code": code, "message": message, "retryable": retryable}
-        if isinstance(error, Refused) and error.names:
-            told["upstream"] = error.names
+        if isinstance(error, Refused):
+            if error.names:
+                told["upstream"] = error.names
+            if error.retryable and error.retry_after is not None:
+                told["retry_after"] = error.retry_after
         return told
 
     def _line_up(self, *entries: Entry) -> None:

@@ -20,13 +20,17 @@ def delay_before(
     those who were refused together do not come back together. Without its word, the wait doubles,
     half of it by chance.
     """
-    asked = _seconds(headers, "retry-after-ms", 0.001)
-    if asked is None:
-        asked = _seconds(headers, "retry-after", 1)
+    asked = seconds_asked(headers)
     if asked is not None:
         return min(asked * (1 + 0.2 * chance), most_seconds)
     ceiling: float = min(first_seconds * 2 ** min(number - 2, _DOUBLINGS), most_seconds)
     return ceiling * (0.5 + 0.5 * chance)
+
+
+def seconds_asked(headers: Mapping[str, str]) -> float | None:
+    """What the other server asks for."""
+    asked = _seconds(headers, "retry-after-ms", 0.001)
+    return _seconds(headers, "retry-after", 1) if asked is None else asked
 
 
 def _seconds(headers: Mapping[str, str], name: str, unit: float) -> float | None:
