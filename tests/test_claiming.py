@@ -790,15 +790,16 @@ async def test_the_health_key_is_renewed_before_it_expires(
 
 
 async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
-    redis: Redis, settings: Settings, said: list[Any]
+    redis: Redis, settings: Settings, said: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await redis.config_set("maxmemory-policy", "volatile-lru")
+    monkeypatch.setattr("worker.claiming.EVICTION_SECONDS", 0.02)
+
+    async def warned() -> bool:
+        return "redis_evicts" in events_of(said)
+
     try:
-        async with running_worker(settings):
-
-            async def warned() -> bool:
-                return "redis_evicts" in events_of(said)
-
+        async with idle_worker(redis, settings):
+            await redis.config_set("maxmemory-policy", "volatile-lru")
             await until(warned)
     finally:
         await redis.config_set("maxmemory-policy", "noeviction")

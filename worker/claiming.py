@@ -41,6 +41,8 @@ POLL_SECONDS = 1.0
 SWEEP_SECONDS = 0.5
 REDIS_RETRY_SECONDS = 0.2
 HEALTH_SECONDS = 10
+EVICTION_SECONDS = 60
+"""The next Redis behind the same address may have another policy."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,7 @@ class ClaimingWorker(Worker):
             sweep_seconds = min(SWEEP_SECONDS, self._lease_seconds / 10)
             group.create_task(self._every(sweep_seconds, self._sweep))
             group.create_task(self._every(HEALTH_SECONDS, self._report_health))
-            group.create_task(self._warn_of_eviction())
+            group.create_task(self._every(EVICTION_SECONDS, self._warn_of_eviction))
             group.create_task(warn_when_scarce())
             self._delivering = group.create_task(self._deliveries.run())
 
