@@ -88,6 +88,9 @@ class Asked(BaseModel):
     web_search_options: JsonObject | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: JsonObject | None = None
+    moderation: JsonObject | None = None
     safety_identifier: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -240,6 +240,8 @@ class ResponsesRequest(_Known):
     user: str | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: JsonObject | None = None
     safety_identifier: str | None = None
     store: bool | None = None
     include: ListOf[Literal["reasoning.encrypted_content"]] | None = Field(
@@ -274,6 +276,8 @@ class ResponsesRequest(_Known):
             "user": self.user,
             "service_tier": self.service_tier,
             "prompt_cache_key": self.prompt_cache_key,
+            "prompt_cache_retention": self.prompt_cache_retention,
+            "prompt_cache_options": self.prompt_cache_options,
             "safety_identifier": self.safety_identifier,
         }
         return Asked.model_validate({k: v for k, v in fields.items() if v is not None})

@@ -408,6 +408,8 @@ async def test_the_model_is_asked_what_the_response_was_asked(
         user="u",
         service_tier="flex",
         prompt_cache_key="k",
+        prompt_cache_retention="24h",
+        extra_body={"prompt_cache_options": {"a": 1}},
         safety_identifier="s",
         store=True,
     )
@@ -431,6 +433,7 @@ async def test_the_model_is_asked_what_the_response_was_asked(
     assert body["response_format"]["json_schema"]["schema"]["required"] == ["rain"]
     told = {"temperature": 0.5, "top_p": 0.25, "max_completion_tokens": 99, "verbosity": "low"}
     told |= {"user": "u", "service_tier": "flex", "prompt_cache_key": "k", "safety_identifier": "s"}
+    told |= {"prompt_cache_retention": "24h", "prompt_cache_options": {"a": 1}}
     assert told.items() <= body.items()
     assert body["reasoning_effort"] == "low"
     assert body["parallel_tool_calls"] is False
