@@ -54,6 +54,10 @@ class Taker:
     def scope(self) -> Scope:
         return {"type": "http"} | ({"extensions": {EXTENSION: self._line}} if LINED else {})
 
+    def done(self) -> None:
+        self.over.set()
+        self._changed.set()
+
     def leave(self) -> None:
         self.leaving.set()
         # As in a server, it is lost before anybody who waits for it to take something goes on.
@@ -119,6 +123,7 @@ class Taker:
         """Return when the body holds `text`."""
         async with asyncio.timeout(seconds):
             while text not in self.body:
+                assert not self.over.is_set(), f"it ended with {self.body!r}"
                 self._changed.clear()
                 await self._changed.wait()
 
@@ -138,7 +143,7 @@ async def viewing(app: ASGIApp) -> AsyncIterator[Taker]:
     """Run an application for one request; leaving the block leaves the response."""
     taker = Taker()
     running = asyncio.create_task(run(app, taker))
-    running.add_done_callback(lambda _: taker.over.set())
+    running.add_done_callback(lambda _: taker.done())
     try:
         yield taker
     finally:
