@@ -4,7 +4,7 @@ Queue, answers and webhooks are those of all processes, and the same from each; 
 one that is asked. Numbers alone: no id, no text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from fastapi import APIRouter, Response
@@ -15,12 +15,14 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from redis.exceptions import RedisError
 
 from api.counters import GIVEN_UP, REFUSED
 from api.parts import Parts, PartsOfApp
+from relay.durations import Histogram
 from relay.log import Load
 
 router = APIRouter()
@@ -47,7 +49,7 @@ async def metrics(parts: PartsOfApp) -> Response:
     facts = [*_here(parts)]
     if (load := await _load(parts)) is not None:
         facts += _everywhere(load)
-        registry.register(_Endings(load.ended))
+        registry.register(_Counts(load))
     for name, what, value in facts:
         Gauge(f"relay_{name}", what, registry=registry).set(value)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -76,15 +78,25 @@ def _everywhere(load: Load) -> Iterator[_Fact]:
     yield _Fact("worker_silent_seconds", "Since a worker's sign of life", load.silent_seconds)
 
 
-class _Endings(Collector):
-    """A counter that Redis keeps; prometheus-client's own count in the process."""
+class _Counts(Collector):
+    """What Redis counts; prometheus-client's own count in the process."""
 
-    def __init__(self, counts: Mapping[tuple[str, str], int]) -> None:
-        self._counts = counts
+    def __init__(self, load: Load) -> None:
+        self._load = load
 
     def collect(self) -> Iterator[Metric]:
         labels = ["kind", "code"]
         ended = CounterMetricFamily("relay_ended", "Streams that have ended", labels=labels)
-        for names, count in self._counts.items():
+        for names, count in self._load.ended.items():
             ended.add_metric(names, count)
         yield ended
+        what = "From the question to the first chunk, of streams that have ended"
+        yield _histogram("first_chunk", what, self._load.first_chunk)
+        what = "From the question to the end, of streams that have ended"
+        yield _histogram("answer", what, self._load.answer)
+
+
+def _histogram(name: str, what: str, took: Histogram) -> Metric:
+    bounds = map(floatToGoString, took.within)
+    buckets = list(zip(bounds, took.within.values(), strict=True))
+    return HistogramMetricFamily(f"relay_{name}_seconds", what, buckets, took.seconds)

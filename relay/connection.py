@@ -23,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from relay.durations import BOUNDS_MS
 from relay.pipe import Pipe
 
 # So short that a worker whose connection hangs can renew its lease by another in time.
@@ -104,7 +105,8 @@ def script(redis: Redis, name: str) -> AsyncScript:
 @cache
 def _source(name: str) -> str:
     folder = resources.files("relay") / "lua"
-    return (folder / "_common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    bounds = f"local bounds_ms = {{ {', '.join(map(str, BOUNDS_MS))} }}\n"
+    return bounds + (folder / "_common.lua").read_text() + (folder / f"{name}.lua").read_text()
 
 
 class _Pool(BlockingConnectionPool):

@@ -11,7 +11,7 @@
 | arq:job:{id} | string | arq's job: function and arguments, as JSON |
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms; see release.lua) |
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
-| relay:ended | hash | kind of terminal event, of `failed` with its code -> how many ended so |
+| relay:ended | hash | how many streams ended in which way and within what time, see below |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:workers | sorted set | names of workers, by their last sign of life (ms), for a minute |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
@@ -31,6 +31,12 @@
 | ended | whoever ends it | the kind of its terminal event |
 | idempotency, chat | create | the names of its Idempotency-Key and its chat, as above |
 | webhook, webhook_tries | create, take | who is to be told of the end; how often it was tried |
+
+| field of ended | holds |
+|---|---|
+| <kind>, failed <code> | how many ended by that kind of terminal event |
+| first_chunk <bound>, answer <bound> | how many took so long, in buckets (ms; see durations.py) |
+| first_chunk sum, answer sum | how long they took together (ms) |
 
 | channel | carries |
 |---|---|

@@ -12,6 +12,7 @@ from redis.typing import EncodableT
 
 from relay import keys
 from relay.connection import script
+from relay.durations import Histogram, histogram
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
 from relay.events import QUEUED, TERMINAL, Cursor, Event, fitting, to_json
 from relay.ids import new_stream_id
@@ -112,6 +113,11 @@ class Load(NamedTuple):
     ended: dict[tuple[str, str], int]
     """Kind of terminal event and, of `failed`, its code -> how many streams have ended by it, since
     Redis began to count."""
+    first_chunk: Histogram
+    """Of the streams that have ended: from the question to the first chunk, where there was one; of
+    several attempts, to that of the last."""
+    answer: Histogram
+    """Of the same: from the question to the end, whichever it was."""
 
 
 class Log:
@@ -279,12 +285,17 @@ class Log:
             time, queued, first, running, webhooks, swept, signs, counts = await pipe.execute()
         waited = _seconds_since(first[0][1], time) if first else 0.0
         ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
+        took: dict[str, dict[str, int]] = {"first_chunk": {}, "answer": {}}
         for name, count in counts.items():
-            kind, _, code = name.decode().partition(" ")
-            ended[kind, code] = int(count)
+            what, _, which = name.decode().partition(" ")
+            if what in took:
+                took[what][which] = int(count)
+            else:
+                ended[what, which] = int(count)
+        first_chunk, answer = map(histogram, took.values())
         silent = _seconds_since(swept, time)
         workers = sum(_seconds_since(sign, time) < ALIVE_SECONDS for _, sign in signs)
-        return Load(queued, waited, running, webhooks, silent, workers, ended)
+        return Load(queued, waited, running, webhooks, silent, workers, ended, first_chunk, answer)
 
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if

@@ -1,6 +1,7 @@
 """Workers, cancels, erasures and a turning clock in any order: what must hold after each step."""
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -364,6 +365,14 @@ class Streams(RuleBasedStateMachine):
         expired = {id_ for id_, each in streams.items() if each.expired}
         ended = {id_ for id_, each in streams.items() if each.ended and not each.erased}
         assert outbox - expired == {id_ for id_ in ended if streams[id_].webhook}
+
+    @invariant()
+    def each_end_is_counted_once_with_the_time_it_took(self) -> None:
+        load = self.run(self.log.load())
+        ended = [each for each in self.expected.values() if each.ended]
+        assert sum(load.ended.values()) == load.answer.within[math.inf] == len(ended)
+        begun = [each for each in ended if STARTED in each.kinds]
+        assert load.first_chunk.within[math.inf] == len(begun)
 
 
 Streams.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

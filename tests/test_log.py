@@ -1,6 +1,7 @@
 """The log, on a real Redis and on an emulated one: both must keep every promise."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -15,6 +16,7 @@ from cli.redis_server import RedisServer
 from relay import keys
 from relay.claim import Claim
 from relay.connection import connect
+from relay.durations import BOUNDS_MS, Histogram, histogram
 from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
 from relay.events import (
     CANCELLED,
@@ -29,7 +31,7 @@ from relay.events import (
     entry,
 )
 from relay.ids import is_stream_id, new_stream_id
-from relay.log import VIEWERS_SECONDS, Appended, Created, Log
+from relay.log import VIEWERS_SECONDS, Appended, Created, Load, Log
 from tests.conftest import append, ends, make_claims, make_log, reported_before
 from tests.listening import listening
 
@@ -527,6 +529,74 @@ async def test_to_cancel_again_changes_nothing(redis: Redis, log: Log) -> None:
     assert [await log.cancel(claim.stream_id) for _ in range(3)] == ["cancelling"] * 3
     await append(log, claim, 0, [*BEGIN, *END])
     assert [await log.cancel(claim.stream_id) for _ in range(3)] == ["completed"] * 3
+
+
+# How long it took.
+
+
+async def ended_after(redis: Redis, log: Log, first_ms: int) -> Load:
+    """What is told when the one stream has ended whose first chunk came so late."""
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    created_ms = (await log.state(claim.stream_id)).created_ms
+    await set_state(redis, claim.stream_id, "started_ms", created_ms + first_ms)
+    await append(log, claim, 3, END)
+    return await log.load()
+
+
+def none_or_one(bound_ms: float) -> dict[float, int]:
+    """How a histogram counts one stream that took longer than all the bounds below this one."""
+    return {ms / 1000: int(ms >= bound_ms) for ms in (*BOUNDS_MS, math.inf)}
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "bound_ms"),
+    [(0, 250), (250, 250), (251, 500), (600_000, 600_000), (600_001, math.inf)],
+)
+async def test_what_took_no_longer_than_a_bound_is_counted_from_it_on(
+    redis: Redis, log: Log, first_ms: int, bound_ms: float
+) -> None:
+    load = await ended_after(redis, log, first_ms)
+    assert load.first_chunk == Histogram(none_or_one(bound_ms), first_ms / 1000)
+
+
+async def test_the_time_to_the_end_counts_from_the_question(redis: Redis, log: Log) -> None:
+    claim = await claimed(redis)
+    asked_ms = (await log.state(claim.stream_id)).created_ms - 40_000
+    await set_state(redis, claim.stream_id, "created_ms", asked_ms)
+    for _ in range(2):
+        await append(log, claim, 0, [*BEGIN, *END])  # To repeat it is harmless.
+    ended_ms = (await log.state(claim.stream_id)).ended_ms or 0
+    answer = (await log.load()).answer
+    assert answer == Histogram(none_or_one(60_000), (ended_ms - asked_ms) / 1000)
+
+
+async def test_a_stream_without_a_first_chunk_counts_by_its_end_alone(
+    redis: Redis, log: Log
+) -> None:
+    await log.cancel((await log.create(REQUEST)).stream_id)
+    load = await log.load()
+    assert (load.first_chunk.within[math.inf], load.answer.within[math.inf]) == (0, 1)
+
+
+async def test_a_clock_that_was_set_back_neither_stops_an_end_nor_counts_below_nothing(
+    redis: Redis, log: Log
+) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, BEGIN)
+    created_ms = (await log.state(claim.stream_id)).created_ms
+    await set_state(redis, claim.stream_id, "created_ms", created_ms + HOUR_MS)
+    await append(log, claim, 3, END)
+    assert (await log.state(claim.stream_id)).status == "completed"
+    load = await log.load()
+    assert load.first_chunk == load.answer == Histogram(none_or_one(250), 0)
+
+
+def test_what_was_counted_by_bounds_of_another_version_stays_counted() -> None:
+    """In every bucket of which it is known that it belongs there."""
+    within, seconds = histogram({"700": 2, "1000": 1, "900000": 4, "inf": 8, "sum": 1500})
+    assert (within[0.5], within[1.0], within[600.0], within[math.inf]) == (0, 3, 3, 15)
+    assert seconds == 1.5
 
 
 # Erase, and what is gone.

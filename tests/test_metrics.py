@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import httpx2
@@ -25,6 +26,8 @@ SHARED = {
     "relay_worker_silent_seconds",
     "relay_workers",
     "relay_ended_total",
+    "relay_first_chunk_seconds_count",
+    "relay_answer_seconds_count",
 }
 
 
@@ -117,6 +120,37 @@ async def test_an_answer_that_was_tried_too_often_counts_as_failed(
 
         await until(swept)
         assert await ends(api) == {("failed", "interrupted"): 1}
+
+
+async def took(api: httpx2.AsyncClient, name: str) -> tuple[dict[str, float], float]:
+    """Bound -> how many streams took no longer; the seconds of all together."""
+    [family] = [family for family in await families(api) if family.name == f"relay_{name}_seconds"]
+    assert family.type == "histogram"
+    within = {each.labels["le"]: each.value for each in family.samples if each.labels}
+    rest = {each.name.removeprefix(family.name): each.value for each in family.samples}
+    assert rest["_count"] == within["+Inf"]
+    return within, rest["_sum"]
+
+
+async def test_how_long_streams_took_is_told_by_every_process(
+    settings: Settings, redis: Redis
+) -> None:
+    async with running_api(settings) as one, running_api(settings) as two:
+        for name in ("first_chunk", "answer"):
+            within, seconds = await took(one, name)
+            assert set(within.values()) == {seconds} == {0}
+        async with running_worker(settings):
+            for _ in range(2):
+                await watch(one, await ask(one, chunks=1))
+        waits = await ask(one)
+        await one.post(f"/streams/{waits}/cancel")
+        for name, count in {"first_chunk": 2, "answer": 3}.items():
+            within, seconds = await took(one, name)
+            assert (within, seconds) == await took(two, name)
+            assert within["+Inf"] == count
+            assert seconds > 0
+            assert list(within)[:3] == ["0.25", "0.5", "1.0"]
+            assert all(fewer <= more for fewer, more in pairwise(within.values()))
 
 
 async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(

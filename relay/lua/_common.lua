@@ -1,4 +1,5 @@
--- Stands in front of every script. Key names come from keys.py: `%s` is the stream id.
+-- Stands in front of every script, behind the `bounds_ms` of durations.py. Key names come from
+-- keys.py: `%s` is the stream id.
 --
 -- With its memory full, Redis refuses a script whose first write could grow it, and lets every
 -- script finish that has written before. So all but births begin with a write that cannot: only the
@@ -52,12 +53,24 @@ local function append(log, state, channel, attempt, first, entries)
   return true
 end
 
+-- A clock that was set back must not count below nothing.
+local function count_ms(ended, what, from, to)
+  local ms, bucket = math.max(0, to - from), 'inf'
+  for i = #bounds_ms, 1, -1 do
+    if ms <= bounds_ms[i] then bucket = bounds_ms[i] end
+  end
+  redis.call('HINCRBY', ended, what .. ' ' .. bucket, 1)
+  redis.call('HINCRBY', ended, what .. ' sum', ms)
+end
+
 -- Closure is data: noted with the last append, and everything that is no longer needed goes. That
 -- somebody is to be told of it is noted in the same atom.
 local function close(id, state, leases, job, webhooks, ended, kind, data)
   local now = now_ms()
+  local created_ms, started_ms, webhook =
+    unpack(redis.call('HMGET', state, 'created_ms', 'started_ms', 'webhook'))
   redis.call('HSET', state, 'ended', kind, 'ended_ms', now)
-  if redis.call('HEXISTS', state, 'webhook') == 1 then redis.call('ZADD', webhooks, now, id) end
+  if webhook then redis.call('ZADD', webhooks, now, id) end
   redis.call('HDEL', state, 'request', 'cancel')
   redis.call('ZREM', leases, id)
   redis.call('DEL', job)
@@ -65,6 +78,8 @@ local function close(id, state, leases, job, webhooks, ended, kind, data)
   -- it is given would leave this half done.
   local code = kind == 'failed' and string.match(data, '^{"code":"([%l_]+)"')
   redis.call('HINCRBY', ended, code and kind .. ' ' .. code or kind, 1)
+  if started_ms then count_ms(ended, 'first_chunk', created_ms, started_ms) end
+  count_ms(ended, 'answer', created_ms, now)
 end
 
 -- The terminal event of a stream that nobody writes. It stands in an attempt of its own: that
