@@ -94,6 +94,12 @@ class _Counts(Collector):
         yield _histogram("first_chunk", what, self._load.first_chunk)
         what = "From the question to the end, of streams that have ended"
         yield _histogram("answer", what, self._load.answer)
+        what = "Times that a worker asked the model service again"
+        retries = CounterMetricFamily("relay_upstream_retries", what, labels=["code"])
+        # An alert is on this one: a rate would not know of a first one without a 0.
+        for code, count in ({"upstream_rate_limited": 0} | self._load.retries).items():
+            retries.add_metric([code], count)
+        yield retries
 
 
 def _histogram(name: str, what: str, took: Histogram) -> Metric:

@@ -12,6 +12,7 @@
 | relay:leases | sorted set | ids of claimed jobs, by the end of their lease (ms; see release.lua) |
 | relay:webhooks | sorted set | ids of ended streams of which somebody is to be told, by when (ms) |
 | relay:ended | hash | how many streams ended in which way and within what time, see below |
+| relay:retries | hash | code of a failure -> how often the upstream was asked again after it |
 | relay:swept | string | when a sweep was last done (ms): a long gap means that Redis was away |
 | relay:workers | sorted set | names of workers, by their last sign of life (ms), for a minute |
 | relay:probe | none | never there: to delete it shows whether Redis takes anything in |
@@ -50,6 +51,7 @@ QUEUE = "relay:queue"
 LEASES = "relay:leases"
 WEBHOOKS = "relay:webhooks"
 ENDED = "relay:ended"
+RETRIES = "relay:retries"
 SWEPT = "relay:swept"
 WORKERS = "relay:workers"
 PROBE = "relay:probe"

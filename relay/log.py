@@ -118,6 +118,8 @@ class Load(NamedTuple):
     several attempts, to that of the last."""
     answer: Histogram
     """Of the same: from the question to the end, whichever it was."""
+    retries: dict[str, int]
+    """Code of a failure -> how often a worker asked the upstream again after it."""
 
 
 class Log:
@@ -282,7 +284,18 @@ class Log:
             pipe.get(keys.SWEPT)
             pipe.zrange(keys.WORKERS, 0, -1, withscores=True)
             pipe.hgetall(keys.ENDED)
-            time, queued, first, running, webhooks, swept, signs, counts = await pipe.execute()
+            pipe.hgetall(keys.RETRIES)
+            (
+                time,
+                queued,
+                first,
+                running,
+                webhooks,
+                swept,
+                signs,
+                counts,
+                retried,
+            ) = await pipe.execute()
         waited = _seconds_since(first[0][1], time) if first else 0.0
         ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
         took: dict[str, dict[str, int]] = {"first_chunk": {}, "answer": {}}
@@ -295,7 +308,19 @@ class Log:
         first_chunk, answer = map(histogram, took.values())
         silent = _seconds_since(swept, time)
         workers = sum(_seconds_since(sign, time) < ALIVE_SECONDS for _, sign in signs)
-        return Load(queued, waited, running, webhooks, silent, workers, ended, first_chunk, answer)
+        retries = {code.decode(): int(count) for code, count in retried.items()}
+        return Load(
+            queued,
+            waited,
+            running,
+            webhooks,
+            silent,
+            workers,
+            ended,
+            first_chunk,
+            answer,
+            retries,
+        )
 
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if

@@ -205,7 +205,8 @@ async def test_the_rights_that_are_told_are_enough_for_all_that_is_asked_of_redi
     async with redis_user(redis, redis_server, *rule.split()) as url:
         limited = changed(settings, redis_url=url, lease_seconds=0.3)
         async with running_api(limited) as http, running_worker(limited) as worker:
-            events = await watch(http, await ask(http, chunks=3))
+            retried = {"status": 429, "status_times": 1, "key": "k", "retry_after_ms": 1}
+            events = await watch(http, await ask(http, chunks=3, **retried))
             runs, erased = [await ask(http, chunks=1, end="stall") for _ in range(2)]
             await until(lambda: is_healthy(limited))
             answers = [

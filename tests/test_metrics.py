@@ -28,6 +28,7 @@ SHARED = {
     "relay_ended_total",
     "relay_first_chunk_seconds_count",
     "relay_answer_seconds_count",
+    "relay_upstream_retries_total",
 }
 
 
@@ -151,6 +152,31 @@ async def test_how_long_streams_took_is_told_by_every_process(
             assert seconds > 0
             assert list(within)[:3] == ["0.25", "0.5", "1.0"]
             assert all(fewer <= more for fewer, more in pairwise(within.values()))
+
+
+async def retries(api: httpx2.AsyncClient) -> dict[str, float]:
+    """Code -> how often a worker asked the upstream again."""
+    [family] = [each for each in await families(api) if each.name == "relay_upstream_retries"]
+    assert family.type == "counter"
+    return {sample.labels["code"]: sample.value for sample in family.samples}
+
+
+async def test_how_often_workers_asked_the_upstream_again_is_told_by_every_process(
+    settings: Settings,
+) -> None:
+    async with running_api(settings) as one, running_api(settings) as two:
+        assert await retries(one) == {"upstream_rate_limited": 0}
+        async with running_worker(settings):
+            for status, times in {429: 2, 503: 1}.items():
+                script = {"status": status, "status_times": times, "key": str(status)}
+                await watch(one, await ask(one, chunks=1, retry_after_ms=1, **script))
+            for api in (one, two):
+
+                async def told_all(api: httpx2.AsyncClient = api) -> bool:
+                    counts = {"upstream_rate_limited": 2, "upstream_unavailable": 1}
+                    return await retries(api) == counts
+
+                await until(told_all)
 
 
 async def test_it_is_told_how_long_no_worker_has_given_a_sign_of_life(

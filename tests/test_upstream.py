@@ -49,8 +49,10 @@ async def openai(url: str, **changes: Any) -> AsyncIterator[Upstream]:
 
 
 @asynccontextmanager
-async def opened(**settings: Any) -> AsyncIterator[Upstream]:
-    upstream = Upstream(Settings(**settings))
+async def opened(
+    *, on_retry: Callable[[str], None] = lambda _: None, **settings: Any
+) -> AsyncIterator[Upstream]:
+    upstream = Upstream(Settings(**settings), on_retry=on_retry)
     try:
         yield upstream
     finally:
@@ -317,6 +319,27 @@ async def test_a_quota_that_is_used_up_is_asked_for_once() -> None:
         _, error = await failure_of(upstream)
     assert (error.code, error.retryable) == ("upstream_rate_limited", False)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "codes"),
+    [
+        ({"status": 429, "status_times": 2, "key": "k"}, ["upstream_rate_limited"] * 2),
+        ({"status": 503}, ["upstream_unavailable"] * 2),
+        ({"end": "reset", "after": 0}, ["upstream_unreachable"] * 2),
+        ({"status": 400}, []),
+        ({"end": "reset", "after": 1}, []),
+    ],
+)
+async def test_each_time_it_asks_again_it_tells_why(
+    script: dict[str, Any], codes: list[str], emulator: Emulator, emulator_url: str
+) -> None:
+    told: list[str] = []
+    async with azure(emulator_url, upstream_tries=3, on_retry=told.append) as upstream:
+        with suppress(UpstreamError):
+            await chunks_of(upstream, chunks=2, **script)
+    assert told == codes
+    assert emulator.total == 1 + len(codes)
 
 
 @pytest.mark.parametrize("end", ["reset", "error", "garbage", "stall"])

@@ -19,6 +19,7 @@ from relay.outbox import Outbox
 from relay.settings import Settings
 from worker.appender import Appender
 from worker.claiming import ClaimingWorker, Job
+from worker.counting import RetryCount
 from worker.deliveries import Deliveries
 from worker.generation import Generation
 from worker.upstream import Upstream
@@ -57,7 +58,7 @@ def create_worker(settings: Settings, *, handle_signals: bool = True) -> Claimin
         ctx={
             "settings": settings,
             "appender": Appender(Log.configured(redis, settings)),
-            "upstream": Upstream(settings),
+            "upstream": Upstream(settings, on_retry=RetryCount(redis).add),
         },
         on_shutdown=_close_upstream,
         handle_signals=handle_signals,

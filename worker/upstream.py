@@ -38,8 +38,13 @@ class Upstream:
     answer.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError if no upstream, or half of one, is configured."""
+    def __init__(
+        self, settings: Settings, *, on_retry: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`on_retry` hears the code of each failure after which it asks again.
+
+        Raises ConfigurationError if no upstream, or half of one, is configured.
+        """
         if settings.upstream is None:
             raise ConfigurationError(
                 "No upstream is configured: set AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_KEY and "
@@ -48,6 +53,7 @@ class Upstream:
             )
         self.model = settings.upstream.model
         self._settings = settings
+        self._on_retry = on_retry
         self._endpoint = Endpoint(settings.upstream, settings)
 
     async def close(self) -> None:
@@ -87,6 +93,7 @@ class Upstream:
                     most_seconds=MOST_RETRY_SECONDS,
                 )
             log.warning("upstream_retry", **told, number=number, seconds=seconds)
+            self._on_retry(told["code"])
             await asyncio.sleep(seconds)
 
     async def _ask(self, body: bytes, answer: "_Answer") -> None:
