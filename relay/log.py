@@ -285,18 +285,8 @@ class Log:
             pipe.zrange(keys.WORKERS, 0, -1, withscores=True)
             pipe.hgetall(keys.ENDED)
             pipe.hgetall(keys.RETRIES)
-            (
-                time,
-                queued,
-                first,
-                running,
-                webhooks,
-                swept,
-                signs,
-                counts,
-                retried,
-            ) = await pipe.execute()
-        waited = _seconds_since(first[0][1], time) if first else 0.0
+            answers = await pipe.execute()
+        time, queued, first, running, webhooks, swept, signs, counts, retried = answers
         ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
         took: dict[str, dict[str, int]] = {"first_chunk": {}, "answer": {}}
         for name, count in counts.items():
@@ -305,21 +295,17 @@ class Log:
                 took[what][which] = int(count)
             else:
                 ended[what, which] = int(count)
-        first_chunk, answer = map(histogram, took.values())
-        silent = _seconds_since(swept, time)
-        workers = sum(_seconds_since(sign, time) < ALIVE_SECONDS for _, sign in signs)
-        retries = {code.decode(): int(count) for code, count in retried.items()}
         return Load(
-            queued,
-            waited,
-            running,
-            webhooks,
-            silent,
-            workers,
-            ended,
-            first_chunk,
-            answer,
-            retries,
+            queued=queued,
+            oldest_seconds=_seconds_since(first[0][1], time) if first else 0.0,
+            running=running,
+            webhooks=webhooks,
+            silent_seconds=_seconds_since(swept, time),
+            workers=sum(_seconds_since(sign, time) < ALIVE_SECONDS for _, sign in signs),
+            ended=ended,
+            first_chunk=histogram(took["first_chunk"]),
+            answer=histogram(took["answer"]),
+            retries={code.decode(): int(count) for code, count in retried.items()},
         )
 
     async def silent_seconds(self) -> float:
