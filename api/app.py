@@ -143,7 +143,7 @@ class _Api(FastAPI):
         stack: ASGIApp = Shortcut(super().build_middleware_stack())
         if self.cors_origins:
             stack = _with_cors(stack, self.cors_origins)
-        return stack if self.allowed_hosts is None else Hosts(stack, self.allowed_hosts)
+        return stack if self.allowed_hosts is None else Hosts(stack, self.allowed_hosts, SHAPES)
 
 
 def _allowed_hosts(settings: Settings) -> frozenset[str] | None:

@@ -95,7 +95,7 @@ async def create(
 
 
 @azure.post(
-    "/{deployment}/chat/completions",
+    "/{deployment:path}/chat/completions",
     summary="Azure's chat completions",
     response_class=Response,
     responses=_ANSWERS,

@@ -21,7 +21,6 @@ class HeldViewer(Viewer):
     """A wire whose status and headers wait for its first words, so that an answer which ends before
     them is an error by its status. What it has said cannot be taken back."""
 
-    resumes = False
     rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
     _silent = 0
@@ -91,7 +90,10 @@ class HeldViewer(Viewer):
 
     def _failed(self) -> Response:
         value = self._feed.events[-1].value()
-        return self._refusal(502, value["code"], value["message"])
+        refusal = self._refusal(502, value["code"], value["message"])
+        if "retry_after" in value:
+            refusal.headers["retry-after"] = str(value["retry_after"])
+        return refusal
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:
         raise NotImplementedError

@@ -1,12 +1,13 @@
 """The names by which this server lets itself be asked."""
 
 import re
+from collections.abc import Mapping
 from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.counters import REFUSED
-from api.problems import problem
+from api.problems import Shape, shape_of
 
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
 
@@ -19,21 +20,25 @@ class Hosts:
     server to the browser of whoever works there, and asks and reads at his cost (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, allowed: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, allowed: frozenset[str], shapes: Mapping[str, Shape]) -> None:
         self._app = app
         self._allowed = allowed
+        self._shapes = shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._allows(dict(scope["headers"]).get(b"host", b"")):
+        headers = scope.get("headers", ())
+        if all(self._allows(value) for name, value in headers if name == b"host"):
             await self._app(scope, receive, send)
             return
         REFUSED.labels("unknown_host").inc()
         detail = "Ask by an address or by localhost, or put the name into RELAY_ALLOWED_HOSTS."
-        await problem(421, "unknown_host", detail)(scope, receive, send)
+        refusal = shape_of(scope["path"], self._shapes).refuse(421, "unknown_host", detail)
+        await refusal(scope, receive, send)
 
     def _allows(self, host: bytes) -> bool:
-        match = _HOST.fullmatch(host.decode("latin-1").lower())
-        name = match[1].removesuffix(".") if match else host.decode("latin-1")
+        text = host.decode("latin-1").lower()
+        match = _HOST.fullmatch(text)
+        name = match[1].removesuffix(".") if match else text
         return _of_here(name) or name in self._allowed
 
 
@@ -51,7 +56,8 @@ def _is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a server that listens there is reached from its own machine alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower().removesuffix(".") in {"localhost", "ip6-localhost"}

@@ -28,7 +28,7 @@ whom one process loses at once must not storm the next one together."""
 
 
 LATE = 0.9
-"""After so much of the drain."""
+"""Who cannot go on elsewhere leaves only after so much of the drain."""
 
 
 class Pace(NamedTuple):
@@ -83,8 +83,8 @@ class LongResponse(Response):
     """It ends by itself; broken off when this process drains, at a moment of its own; and, socket
     and all, when the client takes nothing for `write_seconds`."""
 
-    resumes = True
-    """Whether its clients go on elsewhere with what they have."""
+    resumes = False
+    """Whether its clients go on elsewhere by themselves, with what they have."""
 
     def __init__(self, hub: Hub, pace: Pace, *, headers: dict[str, str] | None = None) -> None:
         # Not by the base class: it would give the stream a length, and each viewer 700 bytes of

@@ -87,6 +87,7 @@ class MultiViewer(LongResponse):
     """Ends when every stream has ended or is gone. It has the bounds of a viewer of one."""
 
     media_type = sse.MEDIA_TYPE
+    resumes = True
 
     def __init__(self, hub: Hub, lanes: list[Lane], pace: Pace) -> None:
         super().__init__(hub, pace)

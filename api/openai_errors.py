@@ -63,6 +63,8 @@ def failed(feed: Feed) -> Response:
     response = refusal(status, code, value["message"], param=theirs.get("param"))
     if "retry_after" in value:
         response.headers["retry-after"] = str(value["retry_after"])
+    elif not value["retryable"]:
+        del response.headers["retry-after"]
     if not (feed.begun and value["retryable"]):
         # The worker has tried as often as it may: an SDK would multiply that by its own tries.
         response.headers["x-should-retry"] = "false"

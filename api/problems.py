@@ -218,17 +218,19 @@ def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
     """Answer every error of the application as a problem; under the path of another API, which
     `others` names by its beginning, in the shape of that one."""
 
-    def shape_of(request: Request) -> Shape:
-        path = request.url.path
-        shapes = (shape for beginning, shape in others.items() if path.startswith(beginning))
-        return next(shapes, None) or native(request.headers.get("content-type", ""))
-
     async def on_error(request: Request, error: Exception) -> Response:
-        return answer_to(error, shape_of(request))
+        content_type = request.headers.get("content-type", "")
+        return answer_to(error, shape_of(request.url.path, others, content_type))
 
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
     for kind in (RelayError, RedisError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
+
+
+def shape_of(path: str, others: Mapping[str, Shape], content_type: str = "") -> Shape:
+    """That of the API whose path it is."""
+    shapes = (shape for beginning, shape in others.items() if path.startswith(beginning))
+    return next(shapes, None) or native(content_type)
 
 
 def native(content_type: str = "") -> Shape:

@@ -140,6 +140,7 @@ class Viewer(LongResponse):
 class NativeViewer(Viewer):
     """The native wire."""
 
+    resumes = True
     wire = staticmethod(native.encoder)
     words = words_in_events(first=come_back, gone=native.encode_gone, last=come_back)
 

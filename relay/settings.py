@@ -41,6 +41,8 @@ there, is 0.71 like RELAY_HOST."""
 # As browsers send it, in small letters, for it is compared as it stands.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 
+_NAME = re.compile(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*")
+
 # What is shown beside a deployment to be copied is the address of one kind of request.
 _TOO_MUCH = re.compile(r"^//|/deployments/|/completions/?$|/responses/?$")
 
@@ -169,6 +171,17 @@ class Settings(BaseSettings):
                 "scheme://host:port, in small letters and without a path"
             )
         return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _allowed_hosts(cls, hosts: str) -> str:
+        given = [host.strip() for host in hosts.split(",")]
+        if not all(host in {"", "*"} or _NAME.fullmatch(host) for host in given):
+            raise ValueError(
+                "must be *, or names with commas between, such as app.example.com: without scheme, "
+                "port and path, and of another script as its xn-- form"
+            )
+        return hosts
 
     @model_validator(mode="after")
     def _lease_within_life(self) -> Self:

@@ -176,10 +176,13 @@ async def test_the_sdk_names_the_stream_whatever_became_of_it(sdk: AsyncOpenAI) 
     assert is_stream_id(whole._request_id or "")
     assert response.id == f"resp_{response._request_id}"
     assert (await sdk.responses.retrieve(response.id))._request_id == response._request_id
+    stream = await sdk.chat.completions.create(**asked, stream=True)
+    assert is_stream_id(stream.response.headers["x-request-id"])
+    await stream.close()
     asked["messages"] = question(status=400)
-    for stream in (True, False):
+    for streams in (True, False):
         with pytest.raises(openai.BadRequestError) as raised:
-            await sdk.chat.completions.create(**asked, stream=stream)
+            await sdk.chat.completions.create(**asked, stream=streams)
         assert is_stream_id(raised.value.request_id or "")
 
 
@@ -355,6 +358,8 @@ async def test_a_refusal_of_the_request_has_the_code_that_programs_match_on(
         ({"status": 503, "retry_after_ms": 1500}, 2),
         ({"status": 429, "retry_after": 1e300}, 86400),
         ({"status": 429}, None),
+        ({"status": 429, "retry_after": 0}, None),
+        ({"status": 429, "retry_after": 30, "error_code": "insufficient_quota"}, None),
         ({"status": 400, "retry_after": 30}, None),
     ],
 )
@@ -366,8 +371,12 @@ async def test_how_long_the_model_service_asks_to_wait_is_told(
     async with running_api(settings) as http, running_worker(settings):
         response = await http.post("/v1/chat/completions", json=body)
         [*_, failed] = await watch(http, response.headers["x-stream-id"])
+        asked = {"messages": question(**script)}
+        text = await http.post("/chat", json=asked, headers={"accept": "text/plain"})
     assert json.loads(failed.data).get("retry_after") == seconds
-    ours = None if response.status_code == 400 else str(seconds or RETRY_SECONDS)
+    assert text.headers.get("retry-after") == (str(seconds) if seconds else None)
+    helps = json.loads(failed.data)["retryable"]
+    ours = str(seconds or RETRY_SECONDS) if helps else None
     assert response.headers.get("retry-after") == ours
 
 
@@ -478,6 +487,9 @@ async def test_azures_clients_are_answered_where_azure_has_it(
             await sdk.responses.retrieve(f"resp_{new_stream_id()}")
         chat = await sdk.chat.completions.create(**asked, model=MODEL)
         assert chat.choices[0].message.content == "0 1 "
+        with pytest.raises(openai.NotFoundError) as slashed:
+            await sdk.chat.completions.create(**asked, model="org/gpt")
+    assert slashed.value.code == "model_not_found"
     deployment: Any = {"azure_deployment": MODEL, "api_version": "preview"}
     async with AsyncAzureOpenAI(**azure, **deployment) as sdk:
         whole = await sdk.chat.completions.create(**asked, model="as the application calls it")

@@ -717,8 +717,8 @@ async def test_a_worker_outlives_a_redis_that_has_forgotten_everything(
         assert screen(await whole(redis, log, stream_id)) == numbers(3)
 
 
-async def test_a_round_that_redis_refuses_is_followed_by_the_next(
-    redis: Redis, log: Log, settings: Settings
+async def test_a_round_that_redis_refuses_is_told_and_followed_by_the_next(
+    redis: Redis, log: Log, settings: Settings, said: list[Any]
 ) -> None:
     # A key of the wrong type makes claim, sweep and renewal fail.
     await redis.set(keys.QUEUE, "no queue")
@@ -733,6 +733,8 @@ async def test_a_round_that_redis_refuses_is_followed_by_the_next(
             return worker.jobs_complete == 1
 
         await until(is_counted)
+    assert {"claim_failed", "round_failed"} <= set(events_of(said))
+    assert "sweep" in {line["work"] for line in said if line["event"] == "round_failed"}
 
 
 async def test_of_a_redis_that_is_away_the_listener_alone_tells(
@@ -790,19 +792,36 @@ async def test_the_health_key_is_renewed_before_it_expires(
 
 
 async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
-    redis: Redis, settings: Settings, said: list[Any], monkeypatch: pytest.MonkeyPatch
+    redis: Redis, settings: Settings, said: list[Any]
 ) -> None:
-    monkeypatch.setattr("worker.claiming.EVICTION_SECONDS", 0.02)
-
-    async def warned() -> bool:
-        return "redis_evicts" in events_of(said)
-
+    await redis.config_set("maxmemory-policy", "volatile-lru")
     try:
-        async with idle_worker(redis, settings):
-            await redis.config_set("maxmemory-policy", "volatile-lru")
+        async with running_worker(settings):
+
+            async def warned() -> bool:
+                return "redis_evicts" in events_of(said)
+
             await until(warned)
     finally:
         await redis.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_it_warns_again_only_when_that_has_changed(
+    settings: Settings, said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = ["noeviction", "allkeys-lru", "noeviction", "allkeys-lru", "allkeys-lru"]
+    asked_often = asyncio.Event()
+
+    async def info(*_: str) -> dict[str, Any]:
+        if len(policies) == 1:
+            asked_often.set()
+        return {"maxmemory_policy": policies.pop() if len(policies) > 1 else policies[0]}
+
+    monkeypatch.setattr("worker.claiming.EVICTION_SECONDS", 0.001)
+    monkeypatch.setattr(Redis, "info", info)
+    async with running_worker(settings):
+        await asked_often.wait()
+    assert events_of(said).count("redis_evicts") == 2
 
 
 async def test_a_worker_works_with_a_redis_that_does_not_tell_how_it_evicts(

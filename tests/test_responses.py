@@ -190,12 +190,16 @@ async def test_a_second_viewer_from_any_process_gets_the_same_events(
         assert objects[0].model_dump() == mine[-1]["response"]
 
 
+@pytest.mark.parametrize("streams", [True, False])
 async def test_the_same_answer_is_watched_natively(
-    sdk: AsyncOpenAI, stack: httpx2.AsyncClient
+    sdk: AsyncOpenAI, stack: httpx2.AsyncClient, streams: Any
 ) -> None:
-    raw = await sdk.responses.with_raw_response.create(**asking(chunks=3))
+    raw = await sdk.responses.with_raw_response.create(**asking(chunks=3), stream=streams)
+    assert raw.headers["x-request-id"] == raw.headers["x-stream-id"]
     assert text_of(await watch(stack, raw.headers["x-stream-id"])) == "0 1 2 "
-    assert raw.parse().id == f"resp_{raw.headers['x-stream-id']}"
+    answer = raw.parse()
+    response = (await anext(answer)).response if streams else answer
+    assert response.id == f"resp_{raw.headers['x-stream-id']}"
 
 
 async def test_a_cancel_ends_the_upstream_and_every_viewer_and_keeps_the_text(
@@ -263,6 +267,7 @@ async def test_what_fails_before_it_began_is_an_error_by_its_status_and_in_the_b
         assert raised.value.code == "upstream_rate_limited"
         headers = raised.value.response.headers
         assert headers["x-should-retry"] == "false"
+        assert headers["x-request-id"] == headers["x-stream-id"]
         failed.append(await sdk.responses.retrieve(f"resp_{headers['x-stream-id']}"))
     watched = await taken(await sdk.responses.create(**asked, stream=True, background=True))
     kinds = [event["type"] for event in watched]

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.chat_request import Asked, ChatRequest
+from api.hosts import is_loopback
 from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
@@ -531,13 +532,14 @@ async def test_other_origins_are_let_in_only_where_they_are_named(settings: Sett
 
 HERE = ["127.0.0.1:8000", "[::1]:8000", "localhost", "Localhost.:80", "a.localhost", "x"]
 NAMES = ["evil.example", "Evil.Example:8000", "127.0.0.1.evil.example", "localhost.evil", "a.b:x"]
+NAMES += ["a.notlocalhost"]
 
 
 @pytest.mark.parametrize(
     ("changes", "refused", "taken"),
     [
         ({}, [*NAMES, "app.example"], HERE),
-        ({"allowed_hosts": "app.example, Other.example"}, NAMES, [*HERE, "other.example:80"]),
+        ({"allowed_hosts": "app.example, Other.example"}, NAMES, [*HERE, "Other.Example:80"]),
         ({"allowed_hosts": "*"}, [], NAMES),
         ({"host": "0.0.0.0"}, [], NAMES),  # noqa: S104
         ({"host": "0.0.0.0", "allowed_hosts": "app.example"}, NAMES, ["app.example."]),  # noqa: S104
@@ -547,13 +549,33 @@ async def test_a_server_of_one_machine_is_asked_by_no_name_of_the_internet(
     settings: Settings, redis: Redis, changes: Any, refused: list[str], taken: list[str]
 ) -> None:
     async with running_api(changed(settings, **changes)) as api:
+        before = await unknown_hosts(api)
         for host in refused:
             response = await api.post("/chat", json=asking(), headers={"host": host})
             assert code(response, 421) == "unknown_host"
         assert await redis.zcard("relay:queue") == 0
+        assert await unknown_hosts(api) == before + len(refused)
         for host in taken:
             response = await api.post("/chat", json=asking(), headers={"host": host})
             assert response.status_code == 202, host
+
+
+async def unknown_hosts(api: httpx2.AsyncClient) -> float:
+    """How many requests this process has refused for their name."""
+    lines = (await api.get("/metrics")).text.splitlines()
+    named = [line for line in lines if line.startswith('relay_refused_total{code="unknown_host"}')]
+    return sum(float(line.split()[1]) for line in named)
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost", "Localhost.")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "relay", "")),  # noqa: S104
+    ],
+)
+def test_which_addresses_are_of_one_machine_alone(host: str, *, alone: bool) -> None:
+    assert is_loopback(host) == alone
 
 
 async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import random
 import signal
 import socket
 import sys
@@ -144,6 +145,18 @@ def text_of(body: bytes) -> str:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api.server, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(api.server, "BODY_SECONDS", 0.3)
+
+
+@pytest.mark.parametrize("names", ["evil.example localhost", "localhost evil.example"])
+async def test_of_two_names_both_count_and_are_refused_in_the_shape_of_the_api(
+    settings: Settings, names: str
+) -> None:
+    hosts = "\r\n".join(f"host: {name}" for name in names.split())
+    request = get("/v1/models", "connection: close").replace(b"host: x", hosts.encode())
+    async with serving(settings) as served:
+        said = await exchange(served.port, request)
+    assert said.startswith(b"HTTP/1.1 421")
+    assert json.loads(said.split(b"\r\n\r\n")[1])["error"]["code"] == "unknown_host"
 
 
 async def test_trailers_of_a_request_are_not_kept(
@@ -800,7 +813,11 @@ async def test_who_waits_for_an_answer_is_sent_away_by_a_process_that_drains(
     assert b'"code":"draining"' in said
 
 
-async def test_a_whole_answer_that_ends_in_a_deploy_is_given(settings: Settings) -> None:
+async def test_a_whole_answer_that_ends_in_a_deploy_is_given(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of all the moments at which it may be sent away, the first.
+    monkeypatch.setattr(random, "uniform", lambda first, _: first)
     settings = changed(settings, drain_seconds=3600)
     async with serving(settings) as served, connected(served.port) as (reader, writer):
         writer.write(waiting(text=["Hello"]))

@@ -259,6 +259,10 @@ def test_two_upstreams_are_refused(
         ("RELAY_CORS_ORIGINS", "https://App.example"),
         ("RELAY_CORS_ORIGINS", "app.example"),
         ("RELAY_CORS_ORIGINS", "https://*.app.example"),
+        *(
+            ("RELAY_ALLOWED_HOSTS", hosts)
+            for hosts in ("a.example:8000", "https://a.example", "*.example", "a.example.", "ü.de")
+        ),
         ("AZURE_OPENAI_ENTRA", "perhaps"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from redis.asyncio import Redis
 from starlette.types import Message, Receive, Scope, Send
 
+from api.ai_sdk import UIMessageViewer
 from api.chat_completions import ChatCompletionViewer
 from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Feed, Wire
 from api.held_viewer import HeldViewer, TextViewer
@@ -369,11 +370,24 @@ async def test_until_it_must_go_a_viewer_is_told_everything_and_an_answer_that_e
     assert taker.body.count(b"retry: ") == 1
 
 
+def test_only_viewers_of_events_come_back_by_themselves() -> None:
+    assert NativeViewer.resumes
+    assert MultiViewer.resumes
+    others = (TextViewer, ChatCompletionViewer, ResponseViewer, UIMessageViewer)
+    assert not any(kind.resumes for kind in others)
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 async def test_only_who_can_go_on_elsewhere_leaves_early_in_a_drain(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, resumes: bool
 ) -> None:
-    monkeypatch.setattr(random, "uniform", lambda earliest, _: earliest)
+    moments = []
+
+    def earliest(first: float, last: float) -> float:
+        moments.append((first, last))
+        return first
+
+    monkeypatch.setattr(random, "uniform", earliest)
     log = Log()
     log.add(STARTS, *text("a"))
     either = viewer if resumes else text_viewer
@@ -388,6 +402,7 @@ async def test_only_who_can_go_on_elsewhere_leaves_early_in_a_drain(
         async with asyncio.timeout(5):
             await asyncio.wait(_others())
         assert taker.ended == (not resumes)
+    assert moments == [(0 if resumes else 0.9 * 3600, 3600)]
 
 
 async def test_an_answer_that_was_taken_whole_ends_cleanly_though_its_viewer_must_go(

@@ -104,6 +104,8 @@ class ClaimingWorker(Worker):
         self._slot_free = asyncio.Event()
         self._intake: asyncio.Task[None] | None = None
         self._waiting = False
+        self._policy: str | None = None
+        """By which Redis evicts, as it was told last."""
         self._listener = Listener(redis, keys.CONTROL, on_message=self._obey)
 
     async def main(self) -> None:
@@ -247,8 +249,9 @@ class ClaimingWorker(Worker):
         with suppress(RedisError):
             # Not every service that speaks as Redis tells it.
             policy = (await self._redis.info("memory")).get("maxmemory_policy")
-            if policy not in {None, "noeviction"}:
+            if policy not in {None, "noeviction", self._policy}:
                 logger.warning("redis_evicts", policy=policy)
+            self._policy = policy
 
     async def _sweep(self) -> None:
         for stream_id, ended, owner in await self._claims.sweep():

@@ -41,8 +41,8 @@ class Refused(UpstreamError):
         self.names = {key: name for key, name in names.items() if name and code in NAMED}
         """The vendor's own code and param, where they are about the request."""
         asked = seconds_asked(response.headers)
-        self.retry_after = None if asked is None else math.ceil(min(asked, MOST_RETRY_AFTER))
-        """Whole seconds, as the vendor asks for them."""
+        self.retry_after = math.ceil(min(asked, MOST_RETRY_AFTER)) if asked else None
+        """Whole seconds, if the vendor asks for any."""
 
 
 async def refused(response: httpx2.Response) -> Refused:

@@ -142,7 +142,7 @@ class Generation:
         if isinstance(error, Refused):
             if error.names:
                 told["upstream"] = error.names
-            if error.retryable and error.retry_after is not None:
+            if error.retryable and error.retry_after:
                 told["retry_after"] = error.retry_after
         return told
 
