@@ -12,6 +12,7 @@ from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.typing import EncodableT
 
+LOOK_AGAIN_SECONDS = 0.05
 _packer = HiredisRespSerializer()
 _INCOMPLETE = object()
 
@@ -88,6 +89,8 @@ class Pipe(Replies):
         self._reply_seconds = reply_seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._late = False
+        """Whether one was over its time when that was looked at last."""
         super().__init__(connection)
 
     def call(self, *command: EncodableT) -> asyncio.Future[Any]:
@@ -121,11 +124,16 @@ class Pipe(Replies):
         """When the one that waits longest could be over its time: to set a timer for each call
         would cost more than the call."""
         self._timer = None
+        late, self._late = self._late, False
         if not self._calls:
             return
         _, until = self._calls[0]
         if until > self._loop.time():
             self._timer = self._loop.call_at(until, self._look)
+        elif not late:
+            # A loop that was busy has not read yet what may have come in time.
+            self._late = True
+            self._timer = self._loop.call_later(LOOK_AGAIN_SECONDS, self._look)
         else:
             self.close()
             self._give_up(_silent)

@@ -1,6 +1,7 @@
 import asyncio
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -396,6 +397,36 @@ async def test_an_answer_that_takes_too_long_ends_the_connection(
         assert pipe.closed
         await redis.client_unpause()
         assert await ours.client_id() != number
+
+
+def test_a_loop_that_was_busy_does_not_take_its_own_delay_for_that_of_redis(
+    redis_server: RedisServer,
+) -> None:
+    """By uvloop, which after what it reads looks at its timers before it reads again."""
+
+    async def ask_in_a_busy_loop() -> Any:
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Any]] = []
+        async with connect(redis_server.url, reply_seconds=0.05) as ours:
+            await ours.ping()
+            assert isinstance(ours, Piped)
+            assert ours._pipe is not None
+            pipe, asked = ours._pipe, asyncio.Event()
+
+            def ask_and_be_busy() -> None:
+                loop.remove_reader(here)
+                answers.append(pipe.call("GET", "nothing"))
+                time.sleep(0.1)
+                asked.set()
+
+            here, there = socket.socketpair()
+            with here, there:
+                loop.add_reader(here, ask_and_be_busy)
+                there.send(b"x")
+                await asked.wait()
+                return await answers[0]
+
+    assert uvloop.run(ask_in_a_busy_loop()) is None
 
 
 async def test_each_call_is_given_its_time_from_when_it_was_made(
