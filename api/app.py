@@ -34,7 +34,7 @@ from relay.connection import connect
 from relay.descriptors import warn_when_scarce
 from relay.log import Log
 from relay.logs import get_logger
-from relay.settings import Settings
+from relay.settings import Settings, listed
 from relay.webhooks import Webhooks
 
 logger = get_logger()
@@ -147,7 +147,7 @@ class _Api(FastAPI):
 
 
 def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
-    names = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(","))
+    names = frozenset(listed(settings.allowed_hosts.lower()))
     if "*" in names or not (settings.allowed_hosts or is_loopback(settings.host)):
         return None
     return names
@@ -156,7 +156,7 @@ def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
 def _with_cors(app: ASGIApp, origins: str) -> ASGIApp:
     return CORSMiddleware(
         app,
-        allow_origins=[origin.strip() for origin in origins.split(",")],
+        allow_origins=listed(origins),
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         # In a page of another origin openai's SDK must see it, too, or it tries again in vain.

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.types import Send
 
 from api.asking import Asking, AskingOfRequest, names
-from api.chat_request import ChatCompletionRequest, DeploymentRequest
+from api.chat_request import ChatCompletionRequest, Completion, DeploymentRequest
 from api.feed import Feed
 from api.held_viewer import HeldViewer, Superseded
 from api.long_response import Exit
@@ -110,12 +110,7 @@ async def create_by_deployment(
     return await _answer(request, body, asking, deployment)
 
 
-async def _answer(
-    request: Request,
-    body: ChatCompletionRequest | DeploymentRequest,
-    asking: Asking,
-    model: str,
-) -> Response:
+async def _answer(request: Request, body: Completion, asking: Asking, model: str) -> Response:
     parts = asking.parts
     if model != parts.model:
         return unknown_model(model, parts.model)

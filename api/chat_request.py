@@ -141,7 +141,7 @@ class ChatStreamOptions(StreamOptions):
     include_usage: bool | None = False
 
 
-class _Completion(Asked):
+class Completion(Asked):
     """What OpenAI and Azure know alike."""
 
     stream: bool | None = False
@@ -158,13 +158,13 @@ class _Completion(Asked):
         return {name: value for name, value in given.items() if value is not None or name in known}
 
 
-class ChatCompletionRequest(_Completion):
+class ChatCompletionRequest(Completion):
     """The body of POST /v1/chat/completions."""
 
     model: str = Field(description="One of GET /v1/models.")
 
 
-class DeploymentRequest(_Completion):
+class DeploymentRequest(Completion):
     """The body of POST /openai/deployments/{deployment}/chat/completions."""
 
     model: str | None = Field(None, description="Passed over: the path names the deployment.")

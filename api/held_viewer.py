@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.long_response import BrokenOff, Exit
-from api.problems import problem
+from api.problems import problem, tell_wait
 from api.viewer import Viewer, Words
 from api.wires import text
 from relay.errors import StreamGone
@@ -91,8 +91,7 @@ class HeldViewer(Viewer):
     def _failed(self) -> Response:
         value = self._feed.events[-1].value()
         refusal = self._refusal(502, value["code"], value["message"])
-        if "retry_after" in value:
-            refusal.headers["retry-after"] = str(value["retry_after"])
+        tell_wait(refusal, value)
         return refusal
 
     def _refusal(self, status: int, code: str, detail: str) -> Response:

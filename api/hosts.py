@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -39,25 +39,23 @@ class Hosts:
         text = host.decode("latin-1").lower()
         match = _HOST.fullmatch(text)
         name = match[1].removesuffix(".") if match else text
-        return _of_here(name) or name in self._allowed
+        return name in self._allowed or _of_here(name)
 
 
 def _of_here(name: str) -> bool:
     """An address leads nowhere else, and a name without a dot is none of the internet's."""
-    return "." not in name or name.endswith(".localhost") or _is_address(name)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
+    return "." not in name or name.endswith(".localhost") or _address(name.strip("[]")) is not None
 
 
 def is_loopback(host: str) -> bool:
     """Whether a server that listens there is reached from its own machine alone."""
+    if (address := _address(host)) is not None:
+        return address.is_loopback
+    return host.lower().removesuffix(".") in {"localhost", "ip6-localhost"}
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
     try:
-        return ip_address(host).is_loopback
+        return ip_address(text)
     except ValueError:
-        return host.lower().removesuffix(".") in {"localhost", "ip6-localhost"}
+        return None

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from api.feed import Feed
-from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault
+from api.problems import RETRY_SECONDS, Refusal, Shape, first_fault, tell_wait
 from api.wires.chat_completions import error, status_of
 from relay.events import FAILED
 
@@ -61,10 +61,7 @@ def failed(feed: Feed) -> Response:
     status, theirs = status_of(value["code"]), value.get("upstream", {})
     code = theirs.get("code", value["code"])
     response = refusal(status, code, value["message"], param=theirs.get("param"))
-    if "retry_after" in value:
-        response.headers["retry-after"] = str(value["retry_after"])
-    elif not value["retryable"]:
-        del response.headers["retry-after"]
+    tell_wait(response, value)
     if not (feed.begun and value["retryable"]):
         # The worker has tried as often as it may: an SDK would multiply that by its own tries.
         response.headers["x-should-retry"] = "false"

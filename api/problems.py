@@ -227,6 +227,15 @@ def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
         app.add_exception_handler(kind, on_error)
 
 
+def tell_wait(response: Response, failure: Mapping[str, Any]) -> None:
+    """When to ask again after an answer that failed: as the model service asks, never if that would
+    not help, else as for any such status."""
+    if "retry_after" in failure:
+        response.headers["retry-after"] = str(failure["retry_after"])
+    elif not failure["retryable"]:
+        del response.headers["retry-after"]
+
+
 def shape_of(path: str, others: Mapping[str, Shape], content_type: str = "") -> Shape:
     """That of the API whose path it is."""
     shapes = (shape for beginning, shape in others.items() if path.startswith(beginning))

@@ -5,8 +5,7 @@ import sys
 
 def run() -> None:
     try:
-        # Here, for it takes a while, in which a Ctrl-C is no fault either.
-        from cli.main import app  # noqa: PLC0415
+        from cli.main import app  # noqa: PLC0415 - a Ctrl-C while it loads is no fault either
 
         app(prog_name="relay")
     except KeyboardInterrupt:

@@ -164,8 +164,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _cors_origins(cls, origins: str) -> str:
-        given = [origin.strip() for origin in origins.split(",")]
-        if not all(origin in {"", "*"} or _ORIGIN.fullmatch(origin) for origin in given):
+        if not _each_is(_ORIGIN, origins):
             raise ValueError(
                 "must be *, or origins with commas between: each is scheme://host or "
                 "scheme://host:port, in small letters and without a path"
@@ -175,8 +174,7 @@ class Settings(BaseSettings):
     @field_validator("allowed_hosts")
     @classmethod
     def _allowed_hosts(cls, hosts: str) -> str:
-        given = [host.strip() for host in hosts.split(",")]
-        if not all(host in {"", "*"} or _NAME.fullmatch(host) for host in given):
+        if not _each_is(_NAME, hosts):
             raise ValueError(
                 "must be *, or names with commas between, such as app.example.com: without scheme, "
                 "port and path, and of another script as its xn-- form"
@@ -307,6 +305,16 @@ def _check_env_file() -> None:
                 above = binding.original.string.partition(binding.original.string.strip())[0]
                 line = binding.original.line + above.count("\n")
                 raise ConfigurationError(f"Line {line} of .env cannot be read: write NAME=value.")
+
+
+def listed(text: str) -> list[str]:
+    """What stands between commas."""
+    return [each.strip() for each in text.split(",")]
+
+
+def _each_is(pattern: re.Pattern[str], text: str) -> bool:
+    """Where `*` stands for any."""
+    return all(each in {"", "*"} or pattern.fullmatch(each) for each in listed(text))
 
 
 def variables() -> Iterator[str]:

@@ -809,13 +809,13 @@ async def test_a_worker_warns_of_a_redis_that_would_forget_answers_under_way(
 async def test_it_warns_again_only_when_that_has_changed(
     settings: Settings, said: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policies = ["noeviction", "allkeys-lru", "noeviction", "allkeys-lru", "allkeys-lru"]
+    policies = iter(["allkeys-lru", "allkeys-lru", "noeviction", "allkeys-lru", "noeviction"])
     asked_often = asyncio.Event()
 
     async def info(*_: str) -> dict[str, Any]:
-        if len(policies) == 1:
+        if (policy := next(policies, None)) is None:
             asked_often.set()
-        return {"maxmemory_policy": policies.pop() if len(policies) > 1 else policies[0]}
+        return {"maxmemory_policy": policy}
 
     monkeypatch.setattr("worker.claiming.EVICTION_SECONDS", 0.001)
     monkeypatch.setattr(Redis, "info", info)

@@ -416,7 +416,7 @@ def test_a_loop_that_was_busy_does_not_take_its_own_delay_for_that_of_redis(
             def ask_and_be_busy() -> None:
                 loop.remove_reader(here)
                 answers.append(pipe.call("GET", "nothing"))
-                time.sleep(0.1)
+                time.sleep(0.1)  # What the loop does for longer than a reply may take.
                 asked.set()
 
             here, there = socket.socketpair()

@@ -54,6 +54,7 @@ async def hub(redis: Redis) -> Hub:
 
 STARTS = entry(STARTED, {"attempt": 1, "model": "m"})
 ENDS = entry(COMPLETED, {"finish_reason": "stop"})
+FILTERED = {"code": "content_filter", "message": "m", "retryable": False}
 
 
 class Log:
@@ -742,7 +743,7 @@ async def test_what_has_no_words_for_coming_back_breaks_off_without_any_when_the
 @pytest.mark.parametrize(
     ("kind", "value", "status", "code"),
     [
-        (FAILED, {"code": "content_filter", "message": "m"}, 502, "content_filter"),
+        (FAILED, FILTERED, 502, "content_filter"),
         (CANCELLED, {}, 409, "cancelled"),
     ],
 )
@@ -784,7 +785,7 @@ async def test_one_that_waits_for_its_first_text_is_sent_away_by_a_drain(hub: Hu
 @pytest.mark.parametrize(
     ("ending", "status", "body"),
     [
-        (entry(FAILED, {"code": "content_filter", "message": "m"}), 502, b"content_filter"),
+        (entry(FAILED, FILTERED), 502, b"content_filter"),
         (ENDS, 200, b""),
     ],
 )

@@ -21,7 +21,8 @@
  *   `gone`: unknown, erased, expired or lost. `corrupt`: twice it came otherwise than the server
  *   says it is; never show it as whole. `ended`: it is over, and the cursor that you gave in `url`
  *   or `headers` says that you have been told how. The rest is the data of the terminal event, or
- *   of the problem: finish_reason, usage, chunks, sha256; code, message, retryable, upstream, retry_after.
+ *   of the problem: finish_reason, usage, chunks, sha256; code, message, retryable, retry_after,
+ *   upstream.
  * @property {string} [code]
  * @property {string} [message]
  * @property {string} [finish_reason]
