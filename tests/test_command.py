@@ -118,11 +118,11 @@ async def test_up_needs_nothing_and_says_what_it_runs(tmp_path: Path) -> None:
 async def test_what_was_started_by_nohup_outlives_its_terminal(nohup: bool, tmp_path: Path) -> None:
     async with asyncio.timeout(40):
         # As nohup has it; children inherit it.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         try:
             up, _, _ = await start_up(tmp_path)
         finally:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, before)
         assert ignores(up, signal.SIGHUP) == nohup
         if nohup:
             await interrupt(up)
