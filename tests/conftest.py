@@ -64,7 +64,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_is_heard() -> Iterator[None]:
-    """Whatever a shell starts by `&` ignores Ctrl-C, and so would the commands under test."""
+    """Whatever a script starts by `&` ignores Ctrl-C, and so would the commands under test."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
