@@ -41,12 +41,13 @@ class Line:
         """Whether the peer takes less than is written: then only `send` may write, which waits."""
         return self._flow.write_paused
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes) -> bool:
         """A piece of the body, as `chunk_of` makes it; the response must have begun. It waits for
-        nothing: what the peer does not take is kept."""
+        nothing: what the peer does not take is kept. Returns False if the line is full now."""
         # uvloop raises for a connection that is closing, and others are still to be written to.
         if not self._transport.is_closing():
             self._transport.write(chunk)
+        return not self._flow.write_paused
 
     def abort(self) -> None:
         """End the connection without waiting for the peer to take what is written."""

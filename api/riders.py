@@ -55,8 +55,7 @@ class Riders:
     def _write(self, chunk: bytes) -> None:
         full = []
         for waiter, line in self._lines.items():
-            line.write(chunk)
-            if line.full:
+            if not line.write(chunk):
                 full.append(waiter)
         for waiter in full:
             self.get_off(waiter)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import uvloop
@@ -12,6 +13,7 @@ from api.feed import BYTES_AT_ONCE, FRAMES_AT_ONCE, Encode, Feed
 from api.line import Line
 from relay.errors import StreamGone
 from relay.events import COMPLETED, FAILED, QUEUED, STARTED, TEXT, Cursor, Event
+from tests.asgi import Taker
 
 
 def event(cursor: str, kind: str = TEXT, data: bytes = b'"x"') -> Event:
@@ -140,13 +142,12 @@ async def a_turn() -> None:
 class Written(Line):
     """A line that keeps what is written to it."""
 
-    full = False
-
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes) -> bool:
         self.chunks.append(chunk)
+        return True
 
 
 class Lost(asyncio.Protocol):
@@ -222,6 +223,20 @@ async def test_riders_are_never_written_an_empty_piece_which_would_end_their_res
     over.set_result(None)
     assert await riding == 3
     assert line.chunks == []
+
+
+async def test_riders_stay_on_for_as_long_as_they_take_what_is_written_to_them() -> None:
+    feed, over, peer = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future(), Taker()
+    line = Line(cast(asyncio.Transport, peer), peer)
+    riding = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
+    await a_turn()
+    feed.add([event("1-1")])
+    await a_turn()
+    assert not riding.done()
+    peer.reading.clear()
+    feed.add([event("1-2")])
+    async with asyncio.timeout(2):
+        assert await riding == 4
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
