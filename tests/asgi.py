@@ -48,11 +48,11 @@ class Taker:
         """The application is done with it."""
         self._changed = asyncio.Event()
         self._pending: list[bytes] = []
-        self._line = Line(cast(asyncio.Transport, self), self)
+        self.line = Line(cast(asyncio.Transport, self), self)
 
     @property
     def scope(self) -> Scope:
-        return {"type": "http"} | ({"extensions": {EXTENSION: self._line}} if LINED else {})
+        return {"type": "http"} | ({"extensions": {EXTENSION: self.line}} if LINED else {})
 
     def done(self) -> None:
         self.over.set()
@@ -61,7 +61,7 @@ class Taker:
     def leave(self) -> None:
         self.leaving.set()
         # As in a server, it is lost before anybody who waits for it to take something goes on.
-        asyncio.get_running_loop().call_soon(self._line.lose)
+        asyncio.get_running_loop().call_soon(self.line.lose)
         self.reading.set()
 
     # As the transport and the flow control of a line.

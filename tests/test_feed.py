@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import cast
 
 import pytest
 import uvloop
@@ -227,8 +226,7 @@ async def test_riders_are_never_written_an_empty_piece_which_would_end_their_res
 
 async def test_riders_stay_on_for_as_long_as_they_take_what_is_written_to_them() -> None:
     feed, over, peer = feed_of(QUEUE, FIRST), asyncio.get_running_loop().create_future(), Taker()
-    line = Line(cast(asyncio.Transport, peer), peer)
-    riding = asyncio.create_task(feed.ride(plain, line, b"", 60, CHUNKS, unless=over))
+    riding = asyncio.create_task(feed.ride(plain, peer.line, b"", 60, CHUNKS, unless=over))
     await a_turn()
     feed.add([event("1-1")])
     await a_turn()
