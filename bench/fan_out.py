@@ -40,8 +40,7 @@ BOUNDS = [("nchan", 1.0, 0.8, None), ("resumable-stream", 4, 4, None), ("naive",
 SLOW, SLOW_VIEWERS = {"naive", "resumable-stream"}, 1000
 """No more than so many: they are far enough off."""
 ONCE = {*product(["naive"], PACES), ("resumable-stream", PACES[-1])}
-"""Seen from their bounds they are so far off that one run tells; all three would take two minutes
-more."""
+"""So far off from their bounds that one run tells; three would take two minutes more."""
 STARTS: dict[str, Start] = {
     "nchan": systems.nchan,
     "naive": systems.naive,
