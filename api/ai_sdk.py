@@ -103,7 +103,7 @@ async def chat(body: UIChatRequest, asking: AskingOfRequest) -> Response:
     """Queue a job and stream the answer as one UI message. Dropping the connection does not stop
     it, unless X-On-Disconnect asks for it."""
     asking.must_stay()
-    feed = await asking.begin(body.to_asked(), body.id, chat=body.id)
+    feed, _ = await asking.begin(body.to_asked(), body.id, chat=body.id)
     message_id = body.continued or message_id_of(feed.stream_id)
     return UIMessageViewer(asking.parts, feed, message_id, on_leave=asking.on_leave(feed))
 

@@ -72,7 +72,7 @@ class Asking:
 
     async def begin(
         self, asked: Asked, *also: object, recovery: Recovery = "restart", chat: str = ""
-    ) -> Feed:
+    ) -> tuple[Feed, Created]:
         """As `create`, and watch it, from its birth on."""
         feed = self.watching.expect(new_stream_id())
         created = await self.create(
@@ -80,9 +80,9 @@ class Asking:
         )
         if created.repeated:
             self.watching.end()
-            return await self.watching.feed(created.stream_id)
+            return await self.watching.feed(created.stream_id), created
         self.parts.hub.born(feed, heard=created.heard)
-        return feed
+        return feed, created
 
     def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:
         """What is to be done when the client leaves before the end."""

@@ -115,7 +115,7 @@ async def _answer(request: Request, body: Completion, asking: Asking, model: str
     if model != parts.model:
         return unknown_model(model, parts.model)
     asking.must_stay()
-    feed = await asking.begin(body)
+    feed, _ = await asking.begin(body)
     if not body.stream:
         return await when_ended(request, asking, feed, _whole)
     usage = body.stream_options is not None and body.stream_options.include_usage

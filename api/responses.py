@@ -26,8 +26,9 @@ from api.wires import responses as codec
 from api.wires import sse
 from api.wires.chat_completions import encode_gone
 from relay.errors import StreamUnknown
-from relay.events import to_json
+from relay.events import Event, to_json
 from relay.ids import is_stream_id
+from relay.log import BIRTH
 
 CANCEL_SECONDS = 2.0
 """How long a cancel waits for the worker to have written the end."""
@@ -135,10 +136,13 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
         return unknown_model(body.model, parts.model)
     asked = body.to_asked()
     if body.background and not body.stream:
-        return await _now(parts, (await asking.create(asked, "responses")).stream_id)
+        created = await asking.create(asked, "responses")
+        if created.repeated:
+            return await _now(parts, created.stream_id)
+        return _told(_born(parts, created.stream_id, created.created_ms), [BIRTH])
     asking.must_stay()
-    feed = await asking.begin(asked, "responses")
-    born = replace(await _born(parts, feed.stream_id), format=body.format_type)
+    feed, created = await asking.begin(asked, "responses")
+    born = replace(_born(parts, created.stream_id, created.created_ms), format=body.format_type)
     if not body.stream:
         return await when_ended(request, asking, feed, partial(_ended, born))
     if not body.background:
@@ -179,7 +183,7 @@ async def retrieve(
     if not how.stream:
         return await _now(parts, stream_id)
     feed = await watching.feed(stream_id)
-    born = await _born(parts, stream_id)
+    born = await _known(parts, stream_id)
     return ResponseViewer(parts, feed, born, skip=how.starting_after + 1)
 
 
@@ -225,11 +229,19 @@ def _ended(born: codec.Born, feed: Feed) -> Response:
 async def _now(parts: Parts, stream_id: str) -> Response:
     """The response as far as its log goes."""
     events = await parts.log.read(stream_id)
-    body = to_json(codec.fold(await _born(parts, stream_id), events))
-    return Response(body, media_type="application/json", headers=names(stream_id))
+    return _told(await _known(parts, stream_id), events)
 
 
-async def _born(parts: Parts, stream_id: str) -> codec.Born:
+def _told(born: codec.Born, events: list[Event]) -> Response:
+    body = to_json(codec.fold(born, events))
+    return Response(body, media_type="application/json", headers=names(born.stream_id))
+
+
+async def _known(parts: Parts, stream_id: str) -> codec.Born:
     """Raises StreamGone. The log does not tell when it was born, the state does, for as long."""
     state = await parts.log.state(stream_id)
-    return codec.Born(stream_id, state.created_ms // 1000, parts.model)
+    return _born(parts, stream_id, state.created_ms)
+
+
+def _born(parts: Parts, stream_id: str, created_ms: int) -> codec.Born:
+    return codec.Born(stream_id, created_ms // 1000, parts.model)

@@ -106,7 +106,7 @@ async def chat(
         return await _accepted(asking.parts, created)
     if issubclass(viewer, HeldViewer):
         asking.must_stay()
-    feed = await asking.begin(body, body.recovery, recovery=body.recovery)
+    feed, _ = await asking.begin(body, body.recovery, recovery=body.recovery)
     return viewer(
         asking.parts.hub,
         feed,

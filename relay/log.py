@@ -39,6 +39,8 @@ VIEWERS_SECONDS = 60
 
 class Created(NamedTuple):
     stream_id: str
+    created_ms: int
+    """Unix time by Redis' clock."""
     repeated: bool
     """Whether the Idempotency-Key led to a stream that stood already."""
     heard: bool = False
@@ -380,10 +382,10 @@ class Log:
 def _created(stream_id: str, answer: list[Any]) -> Created:
     """Raises QueueFull, IdempotencyConflict."""
     match answer:
-        case [b"created", _, subscribers]:
-            return Created(stream_id, repeated=False, heard=subscribers > 0)
-        case [b"repeated", known]:
-            return Created(known.decode(), repeated=True)
+        case [b"created", _, created_ms, subscribers]:
+            return Created(stream_id, created_ms, repeated=False, heard=subscribers > 0)
+        case [b"repeated", known, created_ms]:
+            return Created(known.decode(), int(created_ms), repeated=True)
         case [b"conflict"]:
             raise IdempotencyConflict(
                 "This Idempotency-Key came with another body before: use a new key."

@@ -109,7 +109,8 @@ def shape(events: list[Event]) -> list[tuple[str, str]]:
 
 
 async def test_a_stream_is_born_queued_with_its_job(redis: Redis, log: Log) -> None:
-    stream_id, repeated, heard = await log.create(REQUEST)
+    stream_id, created_ms, repeated, heard = await log.create(REQUEST)
+    assert created_ms == (await log.state(stream_id)).created_ms
     assert not heard, "nobody has subscribed"
     assert is_stream_id(stream_id)
     assert not repeated
@@ -171,7 +172,7 @@ async def test_the_same_key_and_body_lead_to_the_same_stream(redis: Redis) -> No
     log = make_log(redis, queue_limit=1)
     first = await log.create(REQUEST, idempotency_key="k", digest="d")
     assert await log.create(REQUEST, idempotency_key="k", digest="d") == Created(
-        first.stream_id, repeated=True
+        first.stream_id, first.created_ms, repeated=True
     )
     assert await redis.zcard(keys.QUEUE) == 1
 
@@ -208,7 +209,7 @@ async def test_to_erase_an_old_stream_does_not_free_a_key_that_was_used_anew(
     new = await log.create(REQUEST, idempotency_key="k", digest="d")
     await log.erase(old.stream_id)
     assert await log.create(REQUEST, idempotency_key="k", digest="d") == Created(
-        new.stream_id, repeated=True
+        new.stream_id, new.created_ms, repeated=True
     )
 
 

@@ -599,6 +599,24 @@ async def test_the_same_key_leads_to_the_same_response(sdk: AsyncOpenAI) -> None
     assert (two.id, two.output_text) == (one.id, "0 ")
 
 
+async def test_once_an_answer_is_born_its_response_needs_nothing_more_of_redis(
+    sdk: AsyncOpenAI, redis: Any
+) -> None:
+    # Refused now, the SDK would ask once more, and have a second answer made.
+    await redis.execute_command("ACL SETUSER default -hgetall -xrange")
+    try:
+        told = await sdk.responses.create(**asking(chunks=1), background=True)
+        stream = await sdk.responses.create(**asking(chunks=1), background=True, stream=True)
+        first = await anext(aiter(stream))
+    finally:
+        await redis.execute_command("ACL SETUSER default +@all")
+    await stream.close()
+    for response in (told, first.response):
+        now = await sdk.responses.retrieve(response.id)
+        assert response.created_at == now.created_at
+        assert (response.status, response.output) == ("queued", [])
+
+
 async def test_without_redis_the_sdk_is_told_to_try_again(sdk: AsyncOpenAI, redis: Any) -> None:
     await redis.config_set("maxmemory", 1)
     try:

@@ -2,7 +2,8 @@
 -- KEYS: log, state, channel, job, queue, wake, idempotency, chat
 -- ARGV: id, request, job, open_ms, queue_limit, idempotency key or '', body digest, state key pattern,
 --       recovery, webhook or '', id of the chat or ''
--- Returns {'created', id, subscribers of its channel} | {'repeated', id} | {'conflict'} | {'full'}
+-- Returns {'created', id, created_ms, subscribers of its channel} | {'repeated', id, created_ms} |
+-- {'conflict'} | {'full'}
 local log, state, channel, job, queue, wake, idempotency, chat = unpack(KEYS)
 local id, request, job_data, open_ms, queue_limit, key, digest, state_of, recovery, webhook, chat_id =
   unpack(ARGV)
@@ -10,9 +11,10 @@ local id, request, job_data, open_ms, queue_limit, key, digest, state_of, recove
 if key ~= '' then
   local known = redis.call('HMGET', idempotency, 'id', 'digest')
   -- Redis may have lost the stream alone: then its key leads to a new one.
-  if known[1] and redis.call('EXISTS', string.format(state_of, known[1])) == 1 then
+  local created_ms = known[1] and redis.call('HGET', string.format(state_of, known[1]), 'created_ms')
+  if created_ms then
     if known[2] ~= digest then return { 'conflict' } end
-    return { 'repeated', known[1] }
+    return { 'repeated', known[1], created_ms }
   end
 end
 if redis.call('ZCARD', queue) >= tonumber(queue_limit) then return { 'full' } end
@@ -33,4 +35,4 @@ if chat_id ~= '' then
 end
 keep(id, open_ms, log, state)
 enqueue(queue, wake, id, now_exact_ms(), queue_limit)
-return { 'created', id, redis.pcall('PUBSUB', 'NUMSUB', channel)[2] or 0 }
+return { 'created', id, now, redis.pcall('PUBSUB', 'NUMSUB', channel)[2] or 0 }
