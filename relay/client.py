@@ -57,8 +57,9 @@ class Update:
 
 class Client:
     """Talks to one chat-relay. Every request is repeated over lost connections and 503, at most
-    `tries` times in a row, the first of which is told to `report`, and FIRST_TRIES times if there
-    never was a connection; a stream is resumed strictly after the last event that was seen."""
+    `tries` times in a row, and FIRST_TRIES times if there never was a connection; a stream is
+    resumed strictly after the last event that was seen. The first failure since something came is
+    told to `report`."""
 
     def __init__(
         self,
@@ -74,6 +75,8 @@ class Client:
         self._tries = tries
         self._reached = False
         """Whether there ever was a connection."""
+        self._told = False
+        """To `report`, since something came."""
         self._sleep = sleep
         self._report = report
 
@@ -107,28 +110,33 @@ class Client:
 
         Raises Refused (unknown, gone), Unreachable, or Corrupt.
         """
-        cursor, taken, failures = "", _Taken(), 0
+        cursor, taken, failures, asked_ms = "", _Taken(), 0, 0
         while True:
             try:
                 for event in self._events(stream_id, cursor):
                     failures = 0
+                    if event.retry is not None:
+                        asked_ms = event.retry
                     if not event.data:
                         continue
+                    self._told = False
                     cursor = event.id or cursor
                     update = taken.update(event)
                     yield update
                     if update.kind in TERMINAL:
                         return
             except httpx2.TransportError as error:
-                failures = self._wait_or_give_up(failures, error)
+                failures = self._wait_or_give_up(failures, error, asked_ms / 1000)
             else:
                 # The server let go before the terminal event: it is being replaced.
-                failures = self._wait_or_give_up(failures, None)
+                failures = self._wait_or_give_up(failures, None, asked_ms / 1000)
 
     def _events(self, stream_id: str, cursor: str) -> Iterator[httpx2.ServerSentEvent]:
         """The first has no data, as a `retry:` has none: it says that the server answers."""
         headers = {"last-event-id": cursor} if cursor else {}
-        with self._http.sse(f"/streams/{stream_id}/events", headers=headers) as source:
+        url = f"/streams/{stream_id}/events"
+        # Unbounded here: the relay bounds them, and one too long would be asked for again for ever.
+        with self._http.sse(url, headers=headers, max_event_size=None) as source:
             self._reached = True
             if source.response.status_code == 503:
                 return
@@ -154,17 +162,21 @@ class Client:
             body = _json(response)
             if response.is_error or "stream_id" not in body:
                 raise _refused(response)
+            self._told = False
             return body
 
-    def _wait_or_give_up(self, failures: int, error: Exception | None) -> int:
+    def _wait_or_give_up(
+        self, failures: int, error: Exception | None, least_seconds: float = 0.0
+    ) -> int:
         if not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             self._reached = True
         if failures + 1 >= (self._tries if self._reached else min(FIRST_TRIES, self._tries)):
             raise Unreachable(f"{self._url} does not answer: is `relay up` running?") from error
-        if not failures:
+        if not self._told:
+            self._told = True
             self._report(f"{self._url} does not answer, trying again")
         ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
-        self._sleep(ceiling * random.uniform(0.5, 1))  # noqa: S311
+        self._sleep(max(ceiling * random.uniform(0.5, 1), least_seconds))  # noqa: S311
         return failures + 1
 
 

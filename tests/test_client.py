@@ -191,6 +191,12 @@ def test_only_chunks_have_text_of_the_answer() -> None:
         assert shown(list(relay.watch(ID))) == "Hello"
 
 
+def test_an_event_may_be_as_large_as_the_relay_lets_it_be() -> None:
+    text = "x" * 4 * 1024 * 1024
+    updates, _ = watched(stream(STARTED, event("1-1", "chunk", text=text), completed("1-2", text)))
+    assert shown(updates) == text
+
+
 def test_a_split_emoji_is_no_damage() -> None:
     halves = [event(f"1-{n}", "chunk", text=half) for n, half in enumerate("\ud83d\ude00", 1)]
     updates, _ = watched(stream(STARTED, *halves, completed("1-3", "😀")))
@@ -380,6 +386,20 @@ def test_the_first_loss_in_a_row_is_told_at_once() -> None:
         with Client(server.url, sleep=lambda _: None, report=told.append) as client:
             client.ask([])
         assert told == [f"{server.url} does not answer, trying again"]
+
+
+def test_where_answers_bring_nothing_a_client_is_quiet_and_waits_as_it_is_asked_to() -> None:
+    """As a process does that has lost Redis, or is being replaced."""
+    told: list[str] = []
+    waits: list[float] = []
+    nothing = stream(b"retry: 1500\n\n")
+    replies = [nothing] * 3 + [stream(STARTED, HEL), nothing, stream(completed("1-2", "Hel"))]
+    with serving(*replies) as server:
+        with Client(server.url, sleep=waits.append, report=told.append) as client:
+            assert shown(list(client.watch(ID))) == "Hel"
+        assert len(waits) == 5
+        assert min(waits) >= 1.5
+        assert len(told) == 2, "once before something came, and once after"
 
 
 @pytest.mark.parametrize(
