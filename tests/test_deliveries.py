@@ -103,6 +103,14 @@ def verified(request: Request) -> dict[str, Any]:
     return told
 
 
+async def a_worker_listens(redis: Redis) -> None:
+    async def listening() -> bool:
+        [(_, listeners)] = await redis.pubsub_numsub(keys.CONTROL)
+        return int(listeners) == 1
+
+    await until(listening)
+
+
 async def settled(redis: Redis) -> None:
     async def empty() -> bool:
         return not await redis.exists(keys.WEBHOOKS)
@@ -286,18 +294,47 @@ async def test_nobody_is_told_of_what_is_erased(
     assert not await redis.exists(keys.state(erased))
 
 
+async def test_an_erase_that_overtakes_what_it_is_taken_with_is_not_told_of(
+    redis: Redis,
+    log: Log,
+    settings: Settings,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take, forget, heard = Outbox.take, Deliveries.forget, asyncio.Event()
+
+    async def overtaken(self: Outbox, want: int) -> list[Delivery]:
+        taken = await take(self, want)
+        if taken and not heard.is_set():
+            await log.erase(taken[0].stream_id)
+            await heard.wait()
+        return taken
+
+    def hear(self: Deliveries, stream_id: str) -> None:
+        forget(self, stream_id)
+        heard.set()
+
+    monkeypatch.setattr(Outbox, "take", overtaken)
+    monkeypatch.setattr(Deliveries, "forget", hear)
+    async with telling(settings):
+        await a_worker_listens(redis)
+        erased = await ended(log, receiver.url)
+        await heard.wait()
+        another = await ended(log, receiver.url)
+        assert verified(await receiver.request())["data"]["stream_id"] == another
+        await settled(redis)
+    assert len(receiver.requests) == 1
+    assert not await redis.exists(keys.state(erased))
+
+
 async def test_an_erase_stops_what_is_under_way_to_the_receiver(
     redis: Redis, log: Log, settings: Settings, receiver: Receiver
 ) -> None:
-    async def listening() -> bool:
-        [(_, listeners)] = await redis.pubsub_numsub(keys.CONTROL)
-        return int(listeners) == 1
-
     receiver.answering.clear()
     async with telling(settings):
         stream_id = await ended(log, receiver.url)
         await receiver.request()
-        await until(listening)
+        await a_worker_listens(redis)
         await log.erase(stream_id)
         async with asyncio.timeout(5):
             await receiver.left.wait()

@@ -44,6 +44,8 @@ class Deliveries:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._targets: list[Target] = []
         """Of those that are under way."""
+        self._early: set[str] | None = None
+        """What was erased while a call to the outbox is on the wire, which may have taken it."""
         self._slow: dict[str, float] = {}
         """Hosts, and until when they are taken for slow."""
         self._stopped = False
@@ -73,15 +75,21 @@ class Deliveries:
 
     def forget(self, stream_id: str) -> None:
         """It is erased: who has not been told yet is not told any more."""
+        if self._early is not None:
+            self._early.add(stream_id)
         if task := self._under_way.get(stream_id):
             task.cancel()
 
     async def _take(self) -> list[Delivery]:
+        early = self._early = set()
         try:
-            return await self._outbox.take(MOST - len(self._under_way))
+            taken = await self._outbox.take(MOST - len(self._under_way))
         except RedisError as error:
             logger.warning("outbox_unreadable", error=reason(error))
             return []
+        finally:
+            self._early = None
+        return [delivery for delivery in taken if delivery.stream_id not in early]
 
     def _begin(self, group: asyncio.TaskGroup, delivery: Delivery) -> None:
         if delivery.stream_id in self._under_way:
