@@ -82,6 +82,7 @@ export async function watch(url, options = {}) {
     signal?.throwIfAborted();
     failures += 1;
     for await (const frame of connection(url, answer.cursor, options)) {
+      signal?.throwIfAborted();
       if (frame.kind === "comment") onComment?.(frame.text);
       else if (frame.kind === "retry") retryMs = Math.max(frame.ms, SHORTEST_WAIT_MS);
       else {
@@ -98,6 +99,7 @@ export async function watch(url, options = {}) {
     signal?.throwIfAborted();
     if (failures >= tries) throw new Unreachable("The server cannot be reached: try again.");
     onLost?.();
+    signal?.throwIfAborted();
     await sleep(backoff(retryMs, failures), signal);
   }
 }
@@ -137,8 +139,9 @@ class Answer {
   #replayed = false;
 
   /** @param {Options} options */
-  constructor({ onText, onReset, onEvent }) {
+  constructor({ onText, onReset, onEvent, signal }) {
     this.on = { onText, onReset, onEvent };
+    this.signal = signal;
   }
 
   /**
@@ -150,6 +153,7 @@ class Answer {
     const value = JSON.parse(data);
     this.cursor = id ?? this.cursor;
     this.on.onEvent?.({ id, event, data: value });
+    this.signal?.throwIfAborted();
     if (event === "started") this.#begin(value.attempt);
     if (event === "chunk") this.#grow(value.text);
     if (!ENDINGS.has(event)) return null;

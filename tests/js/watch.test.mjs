@@ -259,10 +259,12 @@ for (const [when, answer, callback] of [
 ]) {
   test(`its signal ends it ${when}`, () =>
     serving([answer], async (url, asked) => {
-      const abort = new AbortController();
-      const soon = () => setImmediate(() => abort.abort(new Error("enough")));
-      await assert.rejects(watch(url, { signal: abort.signal, [callback]: soon }), /enough/);
-      assert.equal(asked.length, 1);
+      for (const soon of [setImmediate, (now) => now()]) {
+        const abort = new AbortController();
+        const end = () => soon(() => abort.abort(new Error("enough")));
+        await assert.rejects(watch(url, { signal: abort.signal, [callback]: end }), /enough/);
+      }
+      assert.equal(asked.length, 2);
     }));
 }
 
@@ -272,21 +274,26 @@ test("nothing is asked after its signal", () =>
     assert.equal(asked.length, 0);
   }));
 
-test("nothing is told after its signal, not even what has come already", () =>
-  serving([whole()], async (url) => {
-    const abort = new AbortController();
-    const told = [];
-    await assert.rejects(
-      watch(url, {
-        signal: abort.signal,
-        onReset: () => abort.abort(new Error("enough")),
-        onText: (text) => told.push(text),
-        onDone: () => told.push("done"),
-      }),
-      /enough/,
-    );
-    assert.deepEqual(told, []);
-  }));
+const CALLBACKS = ["onOpen", "onComment", "onEvent", "onReset", "onText", "onLost", "onDone"];
+for (const [last, before] of [
+  ["onOpen", []],
+  ["onComment", ["onOpen"]],
+  ["onEvent", ["onOpen", "onComment"]],
+  ["onReset", ["onOpen", "onComment", "onEvent"]],
+  ["onText", ["onOpen", "onComment", "onEvent", "onReset", "onEvent"]],
+]) {
+  test(`nothing is told after a signal in ${last}, not even what has come already`, () =>
+    serving([": wait\n\n" + whole()], async (url) => {
+      const abort = new AbortController();
+      const told = [];
+      const telling = Object.fromEntries(CALLBACKS.map((name) => [name, () => {
+        told.push(name);
+        if (name === last) abort.abort(new Error("enough"));
+      }]));
+      await assert.rejects(watch(url, { signal: abort.signal, ...telling }), /enough/);
+      assert.deepEqual(told, [...before, last]);
+    }));
+}
 
 test("what a callback throws comes out and closes the connection", async () => {
   let closed;
