@@ -114,7 +114,7 @@ class _Pool(BlockingConnectionPool):
         if not connection.is_connected:
             # What cut this one may have cut them all, and each would cost a time limit to find out.
             for idle in self._available_connections:
-                await idle.disconnect(nowait=True)
+                await idle.disconnect()
         await super().release(connection)
 
 
@@ -201,6 +201,10 @@ class Lean(AbstractConnection):
     def let_go(self) -> None:
         self._close()  # type: ignore[no-untyped-call]
 
+    async def disconnect(self, nowait: bool = True) -> None:
+        # It would wait for the goodbye of TLS, and raise where a Redis that hangs says none.
+        await super().disconnect(nowait=True)
+
     def error(self, text: str) -> Exception:
         if "-READONLY " in text:
             # Redis 6 puts that of a write in a script behind what it says of the script.
@@ -213,7 +217,7 @@ class Lean(AbstractConnection):
             return await super().read_response(*args, **options)
         except ReadOnlyError:
             # It is the master no more; a new connection leads to the one that is.
-            await self.disconnect(nowait=True)
+            await self.disconnect()
             raise
 
     async def send_packed_command(
@@ -232,14 +236,14 @@ class Lean(AbstractConnection):
                     [command] if isinstance(command, bytes) else command
                 )
         except TimeoutError:
-            await self.disconnect(nowait=True)
+            await self.disconnect()
             raise RedisTimeoutError("Redis takes nothing in") from None
         except OSError as error:
-            await self.disconnect(nowait=True)
+            await self.disconnect()
             raise RedisConnectionError(f"the connection broke: {error}") from error
         except BaseException:
             # Half a command may be on its way: the connection cannot be used again.
-            await self.disconnect(nowait=True)
+            await self.disconnect()
             raise
 
 

@@ -526,21 +526,67 @@ async def test_a_call_that_is_cancelled_ends_at_whatever_step(redis: Redis) -> N
 async def test_a_certificate_is_taken_from_none_but_the_host_that_it_names(
     redis_server: RedisServer, tmp_path: Path, name: str, options: str, taken: bool
 ) -> None:
+    async with (
+        behind_tls(redis_server, tmp_path / "ca.pem", name) as port,
+        connect(f"{over_tls(port, tmp_path)}{options}") as redis,
+        asyncio.timeout(5),
+    ):
+        if taken:
+            assert await redis.ping()
+            return
+        with pytest.raises(RedisConnectionError, match="certificate"):
+            await redis.ping()
+
+
+async def test_to_close_a_client_needs_no_goodbye_of_a_redis_that_hangs(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    hanging = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passing = asyncio.create_task(
+            _pass_on(reader, writer, await asyncio.open_connection("127.0.0.1", behind))
+        )
+        await hanging.wait()
+        passing.cancel()
+        await asyncio.Event().wait()
+
+    async with (
+        behind_tls(redis_server, tmp_path / "ca.pem", "127.0.0.1") as behind,
+        listening(hang) as port,
+        connect(over_tls(port, tmp_path)) as redis,
+    ):
+        await written(redis)
+        assert any(each.is_connected for each in idle(redis))
+        hanging.set()
+
+
+def over_tls(port: int, folder: Path) -> str:
+    return f"rediss://127.0.0.1:{port}?ssl_ca_certs={folder}/ca.pem"
+
+
+@asynccontextmanager
+async def behind_tls(server: RedisServer, authority_file: Path, name: str) -> AsyncIterator[int]:
+    """The port of one that speaks TLS, with a certificate for this name, before a Redis."""
     authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.cert_pem.write_to_path(str(authority_file))
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_redis = await asyncio.open_unix_connection(redis_server.socket)
-        await asyncio.gather(_pump(reader, to_redis[1]), _pump(to_redis[0], writer))
+        await _pass_on(reader, writer, await asyncio.open_unix_connection(server.socket))
 
     async with listening(pass_on, tls=tls(authority, name)[0]) as port:
-        url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={tmp_path}/ca.pem{options}"
-        async with connect(url) as redis, asyncio.timeout(5):
-            if taken:
-                assert await redis.ping()
-                return
-            with pytest.raises(RedisConnectionError, match="certificate"):
-                await redis.ping()
+        yield port
+
+
+async def _pass_on(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    other: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+) -> None:
+    try:
+        await asyncio.gather(_pump(reader, other[1]), _pump(other[0], writer))
+    finally:
+        other[1].close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
