@@ -1,5 +1,6 @@
 """Asking: how a stream is created, whichever API asks for it."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from relay.logs import get_logger
 logger = get_logger()
 
 LONGEST_KEY = 255
+CANCEL_AGAIN_SECONDS = 1.0
 
 
 def names(stream_id: str) -> dict[str, str]:
@@ -86,13 +88,22 @@ class Asking:
 
     def on_leave(self, feed: Feed) -> Callable[[], Awaitable[None]] | None:
         """What is to be done when the client leaves before the end."""
-        return partial(self._cancel, feed.stream_id) if self.cancels else None
+        return partial(self._cancel, feed) if self.cancels else None
 
-    async def _cancel(self, stream_id: str) -> None:
-        try:
-            await self.parts.cancel(stream_id)
-        except (RedisError, StreamGone) as error:  # Nobody is there to hear of it.
-            logger.warning("cancel_failed", stream=stream_id, error=reason(error))
+    async def _cancel(self, feed: Feed) -> None:
+        """Without Redis it is tried again until the answer has ended: nobody is there who would."""
+        told = False
+        while not feed.ended:
+            try:
+                await self.parts.cancel(feed.stream_id)
+                return
+            except (RedisError, StreamGone) as error:
+                if not told:
+                    logger.warning("cancel_failed", stream=feed.stream_id, error=reason(error))
+                told = True
+                if isinstance(error, StreamGone) or self.parts.hub.draining:
+                    return
+            await asyncio.sleep(CANCEL_AGAIN_SECONDS)
 
 
 async def _asking(

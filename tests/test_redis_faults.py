@@ -137,6 +137,24 @@ async def test_without_redis_a_request_is_refused_at_once_and_soon_after_it_is_b
         assert (await http.get("/readyz")).status_code == 200
 
 
+@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
+async def test_who_leaves_while_redis_is_away_has_the_answer_cancelled_when_it_is_back(
+    outage: Any, path: str, server: RedisProcess, settings: Settings, emulator: Emulator
+) -> None:
+    body = {**asking(chunks=1, end="stall"), **({"model": "demo"} if path != "/chat" else {})}
+    headers = {"accept": "text/event-stream", "x-on-disconnect": "cancel"}
+    async with running_api(settings) as http, running_worker(settings):
+        asked = asyncio.create_task(http.post(path, json=body, headers=headers))
+        record = await emulator.request(0)
+        async with outage(server):
+            asked.cancel()
+            await asyncio.sleep(OUTAGE_SECONDS)
+        async with asyncio.timeout(5):
+            await record.over.wait()
+    assert record.outcome == "disconnected"
+
+
 async def test_while_redis_hangs_nobody_waits_to_be_told_that_it_does(
     server: RedisProcess, settings: Settings
 ) -> None:
