@@ -23,6 +23,9 @@ BYTES_AT_ONCE = 256 * 1024
 """Of requests in one claim, and then no further job: a reply that takes longer than a client waits
 for it would be lost again each time. One request may be more."""
 
+_RENEWED_AT_ONCE = 200
+"""Leases: while a script runs, Redis does nothing else."""
+
 INTERRUPTED = {
     "code": "interrupted",
     "message": "The answer was interrupted: ask again.",
@@ -138,19 +141,23 @@ class Claims:
 
     async def renew(self, claims: Sequence[Claim]) -> list[Verdict]:
         """Extend the leases that are still held. `cancel`: held, and a cancel is asked for."""
-        pairs = [part for claim in claims for part in (claim.stream_id, claim.owner)]
-        verdicts = await self._renew(
-            keys=[keys.LEASES],
-            args=[
-                self._lease_ms,
-                self._open_ms,
-                keys.log("%s"),
-                keys.state("%s"),
-                keys.job("%s"),
-                *pairs,
-            ],
-        )
-        return [verdict.decode() for verdict in verdicts]
+        verdicts: list[Verdict] = []
+        for first in range(0, len(claims), _RENEWED_AT_ONCE):
+            piece = claims[first : first + _RENEWED_AT_ONCE]
+            pairs = [part for claim in piece for part in (claim.stream_id, claim.owner)]
+            renewed = await self._renew(
+                keys=[keys.LEASES],
+                args=[
+                    self._lease_ms,
+                    self._open_ms,
+                    keys.log("%s"),
+                    keys.state("%s"),
+                    keys.job("%s"),
+                    *pairs,
+                ],
+            )
+            verdicts += [verdict.decode() for verdict in renewed]
+        return verdicts
 
     async def hand_over(self, claim: Claim) -> list[Released]:
         """Back into the queue, at its old place, at no cost of a try. A stream that asked not to be
@@ -158,7 +165,8 @@ class Claims:
         return await self._let_go(claim.owner, claim.stream_id)
 
     async def sweep(self) -> list[Released]:
-        """Let go of every claim whose lease has lapsed; also this worker's sign of life.
+        """Let go of claims whose lease has lapsed, of a hundred at most: there may be more until it
+        finds none. Also this worker's sign of life.
 
         The job goes back into the queue; the stream ends as cancelled, if that was asked for, or as
         interrupted, if it was tried often enough or asked not to be begun anew.
@@ -166,7 +174,8 @@ class Claims:
         return await self._let_go()
 
     async def end_overdue(self) -> list[str]:
-        """End as failed what waits in the queue for too long; the ids of those streams."""
+        """End as failed what waits in the queue for too long, a hundred at most: there may be more
+        until it finds none. Returns the ids of those streams."""
         ids = await self._overdue(
             keys=[keys.QUEUE, keys.LEASES, keys.WEBHOOKS, keys.ENDED],
             args=[

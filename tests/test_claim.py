@@ -62,12 +62,15 @@ async def places(redis: Redis) -> tuple[list[str], list[str]]:
     return [each.decode() for each in queue], [each.decode() for each in leases]
 
 
-async def test_the_leases_of_thousands_are_renewed_in_one_call(redis: Redis) -> None:
+async def test_the_leases_of_thousands_are_renewed_each_with_its_verdict(redis: Redis) -> None:
     log, claims = make_log(redis, queue_limit=10_000), make_claims(redis, queue_limit=10_000)
     for _ in range(4500):
         await log.create({"messages": []})
     held = await claims.claim(4500)
-    assert await claims.renew(held) == ["held"] * 4500
+    await log.cancel(held[3000].stream_id)
+    verdicts = await claims.renew(held)
+    assert verdicts.index("cancel") == 3000
+    assert verdicts.count("held") == len(verdicts) - 1 == 4499
 
 
 async def test_a_claim_carries_the_request_and_arqs_job(log: Log, claims: Claims) -> None:

@@ -589,6 +589,25 @@ async def test_the_log_says_what_became_of_a_stream_that_is_handed_over(
     assert (told["stream"], told["ended"]) == (stream_id, ended)
 
 
+async def test_all_that_a_worker_held_is_let_go_at_once_when_its_leases_have_lapsed(
+    redis: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.claiming.SWEEP_SECONDS", 60.0)
+    log, dead = make_log(redis, queue_limit=300), make_claims(redis, "dead")
+    for _ in range(250):
+        await create(log)
+    assert len(await dead.claim(250)) == 250
+    held = await redis.zrange(keys.LEASES, 0, -1)
+    await redis.zadd(keys.LEASES, dict.fromkeys(held, 0))
+
+    async def queued() -> bool:
+        return int(await redis.zcard(keys.QUEUE)) == 250
+
+    async with running_worker(changed(settings, lease_seconds=600.0)) as worker:
+        worker.allow_pick_jobs = False
+        await until(queued)
+
+
 async def tries_of(redis: Redis, stream_id: str) -> int:
     return int(await command(redis, "HGET", keys.state(stream_id), "tries"))
 

@@ -254,11 +254,15 @@ class ClaimingWorker(Worker):
             self._policy = policy
 
     async def _sweep(self) -> None:
-        for stream_id, ended, owner in await self._claims.sweep():
-            logger.warning("lease_lapsed", stream=stream_id, owner=owner, ended=ended or None)
+        # Each call finds a hundred at most: with a pause after each, those of a worker that had
+        # many would be silent for longer than viewers are to wait.
+        while released := await self._claims.sweep():
+            for stream_id, ended, owner in released:
+                logger.warning("lease_lapsed", stream=stream_id, owner=owner, ended=ended or None)
             self._deliveries.wake()
-        for stream_id in await self._claims.end_overdue():
-            logger.warning("queue_timeout", stream=stream_id)
+        while overdue := await self._claims.end_overdue():
+            for stream_id in overdue:
+                logger.warning("queue_timeout", stream=stream_id)
             self._deliveries.wake()
 
     def _obey(self, _: str, message: bytes) -> None:
