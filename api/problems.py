@@ -1,5 +1,6 @@
 """Errors: RFC 9457 problem+json with a stable `code`, or the shape that another API gives them."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -242,6 +243,10 @@ def shape_of(path: str, others: Mapping[str, Shape], content_type: str = "") -> 
     return next(shapes, None) or native(content_type)
 
 
+_JSON = re.compile(r"application/(.+\+)?json\s*(;|$)", re.IGNORECASE)
+"""What FastAPI parses; any other body it takes for a string."""
+
+
 def native(content_type: str = "") -> Shape:
     """The shape of our own API, for a request whose body is announced so."""
     return Shape(problem, partial(_invalid, content_type))
@@ -249,7 +254,7 @@ def native(content_type: str = "") -> Shape:
 
 def _invalid(content_type: str, error: RequestValidationError) -> Response:
     details = error.errors()[:ERRORS_TOLD]
-    if details[0]["loc"] == ("body",) and "json" not in content_type:
+    if details[0]["loc"] == ("body",) and not _JSON.match(content_type):
         return problem(415, "not_json", "Send the body with content-type: application/json.")
     if any(detail["type"] == "json_invalid" for detail in details):
         return problem(400, "bad_json", "Send one JSON object as the body.")

@@ -634,11 +634,23 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
     assert request["examples"]
 
 
-async def test_a_body_that_is_not_announced_as_json_is_told_how(api: httpx2.AsyncClient) -> None:
-    form = {"content-type": "application/x-www-form-urlencoded"}
-    response = await api.post("/chat", content=json.dumps(asking()), headers=form)
-    assert code(response, 415) == "not_json"
-    assert "content-type: application/json" in response.json()["detail"]
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/x-www-form-urlencoded", 415),
+        ("text/json", 415),
+        ("application/jsonl", 415),
+        ("Application/JSON; charset=utf-8", 422),
+        ("application/vnd.chat+json", 422),
+    ],
+)
+async def test_a_body_that_is_not_announced_as_json_is_told_how(
+    api: httpx2.AsyncClient, kind: str, status: int
+) -> None:
+    """And one that is, that it is no object."""
+    response = await api.post("/chat", content="[]", headers={"content-type": kind})
+    assert code(response, status) == ("not_json" if status == 415 else "invalid_request")
+    assert ("content-type: application/json" in response.json()["detail"]) == (status == 415)
 
 
 @pytest.mark.parametrize(
