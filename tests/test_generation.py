@@ -351,6 +351,16 @@ async def test_an_answer_that_never_ends_is_ended_before_it_takes_the_memory_of_
     assert sum(len(event.data) for event in events[:-1]) <= 2_000
 
 
+async def test_also_chunks_with_next_to_nothing_in_them_take_memory(
+    log: NotedLog, claims: Claims, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.generation.MOST_BYTES", 2_000)
+    claim = await claimed(log, claims, text=["x"] * 30)
+    await run(generation(claim, log, upstream))
+    events = await log.read(claim.stream_id)
+    assert (events[-1].kind, events[-1].value()["code"]) == ("failed", "upstream_garbled")
+
+
 async def test_many_chunks_cost_few_appends(
     log: NotedLog, claims: Claims, upstream: Upstream
 ) -> None:

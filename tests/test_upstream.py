@@ -587,6 +587,18 @@ async def test_an_answer_that_was_only_announced_is_asked_for_again(end: bytes) 
     assert [bool(chunk["choices"]) for chunk in chunks] == [False, True, True]
 
 
+async def test_what_comes_before_the_first_word_is_not_kept_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.upstream.HELD_BYTES", 2 * len(ANNOUNCED))
+    answers = [[HEAD, *[body(ANNOUNCED)] * 3] for _ in range(2)]
+    async with saying(*answers) as (server, upstream):
+        chunks, error = await failure_of(upstream)
+        assert len(server.asked) == 2
+    assert (chunks, error.code) == ([], "upstream_garbled")
+    assert "before a first word" in error.cause
+
+
 def thinking(end: bytes = b"") -> Callable[..., Awaitable[None]]:
     """Announces an answer, and says something of it after longer than a stall of 0.05 s."""
 

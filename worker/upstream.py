@@ -26,6 +26,8 @@ MOST_RETRY_SECONDS = 20.0
 """More than this nobody waits for a first word: a longer Retry-After is cut."""
 END_SECONDS = 1.0
 """From [DONE] to the end of the body, at most."""
+HELD_BYTES = 64 * 1024 * 1024
+"""Of chunks before the first that speaks: some servers send one for each word of a thought."""
 MEDIA_TYPE = "text/event-stream"
 DONE = b"[DONE]"
 
@@ -158,6 +160,7 @@ class _Answer:
         self._held: list[bytes] = []
         """Chunks before the first that speaks. As long as nobody has seen one, it can be asked
         again."""
+        self._held_bytes = 0
         self._loop = asyncio.get_running_loop()
         self.begun = False
         self.heard = self._loop.time()
@@ -178,6 +181,9 @@ class _Answer:
             self._held += chunks
             self.begun = any(speaks(parse(chunk)) for chunk in chunks)
             if not self.begun:
+                self._held_bytes += sum(map(len, chunks))
+                if self._held_bytes > HELD_BYTES:
+                    raise Garbled(f"more than {HELD_BYTES} bytes before a first word")
                 return
             chunks, self._held = self._held, []
         self._take(chunks)
