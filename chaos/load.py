@@ -72,13 +72,12 @@ class Frame(NamedTuple):
 
 @dataclass
 class Load:
-    """Keeps `in_flight` streams under way until `enough` is set, and all that was seen."""
+    """Keeps IN_FLIGHT streams under way until `enough` is set, and all that was seen."""
 
     urls: list[str]
     http: httpx2.AsyncClient
     log: Log
     random: Random
-    in_flight: int = IN_FLIGHT
     enough: asyncio.Event = field(default_factory=asyncio.Event)
     logs: list[Logged] = field(default_factory=list)
     viewers: list[Seen] = field(default_factory=list)
@@ -91,7 +90,7 @@ class Load:
         """Return when `enough` is set and every stream has settled: its log has ended or is gone
         and no viewer waits. Cancelling it closes the journals as they stand."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(self.in_flight):
+            for _ in range(IN_FLIGHT):
                 group.create_task(self._ask_on())
 
     def url(self) -> str:

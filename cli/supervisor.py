@@ -143,7 +143,8 @@ def says(beginning: str) -> Ready:
     """Ready when a piped child prints a line that begins so; what it prints is passed on."""
 
     async def ready(process: Process) -> None:
-        await _forward(process, beginning)
+        if not await _forward(process, beginning):
+            await asyncio.Event().wait()  # It will never say so: it ends, or its time does.
 
     return ready
 
@@ -189,13 +190,15 @@ async def _in_time(child: Child, process: Process) -> None:
         raise Ended(error.message) from None
 
 
-async def _forward(process: Process, until: str | None = None) -> None:
-    """Pass on what a piped child prints, up to a line that begins with `until`, or to its end."""
+async def _forward(process: Process, until: str | None = None) -> bool:
+    """Pass on what a piped child prints, up to a line that begins with `until`, or to its end;
+    whether there was such a line."""
     while process.stdout and (line := (await process.stdout.readline()).decode(errors="replace")):
         sys.stdout.write(line)
         sys.stdout.flush()
         if until is not None and line.startswith(until):
-            return
+            return True
+    return False
 
 
 def _ending(code: int) -> str:

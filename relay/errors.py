@@ -90,7 +90,7 @@ class UpstreamError(RelayError):
 
 
 class Garbled(UpstreamError):
-    def __init__(self, cause: str = "") -> None:
+    def __init__(self, cause: str) -> None:
         message = "The model service sent what is no answer: ask again."
         super().__init__("upstream_garbled", message, retryable=True, cause=cause)
 

@@ -74,8 +74,8 @@ class Listener:
         return self._ear is not None
 
     def add(self, channel: str) -> None:
-        """Subscribe, before whatever is asked of Redis next; `on_subscribed` tells when it stands,
-        also for a channel that is subscribed already."""
+        """Subscribe. What is asked of Redis next goes by another connection and may be there first:
+        it stands when `on_subscribed` says so, also for a channel that is subscribed already."""
         self._channels.add(channel)
         if self._ear is not None:
             self._ear.send("SUBSCRIBE", channel)

@@ -119,9 +119,9 @@ class Taker:
             self.ended = not message.get("more_body", False)
         self._changed.set()
 
-    async def has(self, text: bytes, seconds: float = 5) -> None:
+    async def has(self, text: bytes) -> None:
         """Return when the body holds `text`."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(5):
             while text not in self.body:
                 assert not self.over.is_set(), f"it ended with {self.body!r}"
                 self._changed.clear()

@@ -134,6 +134,15 @@ def make_claims(redis: Redis, worker: str = "w", **changes: int) -> Claims:
     return Claims(redis, worker, **(limits | changes))
 
 
+async def claim_one(redis: Redis, worker: str = "w") -> Claim:
+    [claim] = await make_claims(redis, worker).claim(1)
+    return claim
+
+
+async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
+    await redis.hset(keys.state(stream_id), name, value)
+
+
 def ends(released: Iterable[Released]) -> list[tuple[str, str]]:
     """Streams that were let go of, and the kind of their terminal events."""
     return [(each.stream_id, each.ended) for each in released]

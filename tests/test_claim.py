@@ -18,7 +18,7 @@ from relay.connection import connect
 from relay.errors import StreamLost
 from relay.events import COMPLETED, FAILED, STARTED, TEXT, entry
 from relay.log import JOB, Log, Recovery
-from tests.conftest import append, ends, make_claims, make_log, until
+from tests.conftest import append, ends, make_claims, make_log, set_state, until
 
 REQUEST = {"messages": [{"role": "user", "content": "hi"}]}
 BEGIN = [entry(STARTED, {"attempt": 1}), entry(TEXT, "a")]
@@ -27,10 +27,6 @@ END = [entry(COMPLETED, {})]
 
 async def create(log: Log, count: int = 1) -> list[str]:
     return [(await log.create(REQUEST)).stream_id for _ in range(count)]
-
-
-async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
-    await redis.hset(keys.state(stream_id), name, value)
 
 
 async def create_at(redis: Redis, log: Log, *times: int) -> list[str]:
@@ -115,7 +111,8 @@ async def test_two_workers_never_hold_the_same_job(redis: Redis, log: Log) -> No
     taken = await asyncio.gather(*(worker.claim(3) for worker in workers * 5))
     held = [claim.stream_id for claims in taken for claim in claims]
     assert sorted(held) == sorted(ids)
-    assert await places(redis) == ([], sorted(held, key=(await places(redis))[1].index))
+    queue, leases = await places(redis)
+    assert (queue, sorted(leases)) == ([], sorted(held))
 
 
 async def test_no_two_claims_have_one_owner_and_stream(

@@ -19,7 +19,16 @@ from relay.errors import StreamGone
 from relay.events import WHOLE, Event, text_of, to_json
 from relay.log import Log, Recovery
 from relay.settings import Settings
-from tests.conftest import append, asking, changed, events_of, make_claims, make_log, running_worker
+from tests.conftest import (
+    append,
+    asking,
+    changed,
+    events_of,
+    make_claims,
+    make_log,
+    running_worker,
+    until,
+)
 from worker.claiming import CLAIMED_AT_ONCE, ClaimingWorker
 from worker.deliveries import Deliveries
 from worker.health import is_healthy
@@ -53,13 +62,6 @@ async def command(redis: Redis, *words: str | int) -> Any:
     """As it goes over the wire; redis-py's own types are those of sync and async at once."""
     client: Any = redis
     return await client.execute_command(*words)
-
-
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Redis tells nobody what its clients do, so it is asked."""
-    async with asyncio.timeout(5):
-        while not await holds():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def kill_connections(redis: Redis) -> None:

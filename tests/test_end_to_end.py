@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import socket
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -12,11 +11,10 @@ import pytest
 from redis.asyncio import Redis
 
 from emulator.app import Emulator
-from relay.settings import MIB, Settings
+from relay.settings import Settings
 from tests.conftest import (
     ask,
     asking,
-    changed,
     events_of,
     running_api,
     running_worker,
@@ -214,32 +212,6 @@ async def test_a_stream_erased_under_its_viewers_is_told_and_its_upstream_closed
         await record.over.wait()
     assert record.outcome == "disconnected"
     assert (await stack.get(f"/streams/{stream_id}/events")).status_code == 410
-
-
-# Promise 5: a slow viewer harms only itself.
-
-
-async def test_a_viewer_that_never_reads_is_let_go_and_the_others_have_everything(
-    settings: Settings,
-) -> None:
-    async with (
-        running_api(changed(settings, write_seconds=0.5, body_bytes=64 * MIB)) as http,
-        running_worker(settings),
-    ):
-        stream_id = await ask(http, text=["x" * 20_000] * 400)
-        stuck = socket.create_connection((http.base_url.host, http.base_url.port))
-        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stuck.sendall(f"GET /streams/{stream_id}/events HTTP/1.1\r\nhost: x\r\n\r\n".encode())
-        try:
-            seen = await asyncio.gather(*(watch(http, stream_id) for _ in range(3)))
-
-            async def let_go() -> bool:
-                return (await status(http, stream_id))["viewers"] == 0
-
-            await until(let_go)
-        finally:
-            stuck.close()
-    assert {len(text_of(events)) for events in seen} == {8_000_000}
 
 
 # Promise 6: cancel reaches the socket of the upstream.

@@ -32,7 +32,15 @@ from relay.events import (
 )
 from relay.ids import is_stream_id, new_stream_id
 from relay.log import VIEWERS_SECONDS, Appended, Created, Load, Log
-from tests.conftest import append, ends, make_claims, make_log, reported_before
+from tests.conftest import (
+    append,
+    claim_one,
+    ends,
+    make_claims,
+    make_log,
+    reported_before,
+    set_state,
+)
 from tests.listening import listening
 
 SECRET = "a prompt that nobody else may see"
@@ -59,19 +67,10 @@ async def claimed(redis: Redis, worker: str = "w") -> Claim:
     return await claim_one(redis, worker)
 
 
-async def claim_one(redis: Redis, worker: str = "w") -> Claim:
-    [claim] = await make_claims(redis, worker).claim(1)
-    return claim
-
-
 async def lapse(redis: Redis, claim: Claim) -> None:
     """As if the worker had not renewed for longer than its lease."""
     await redis.zadd(keys.LEASES, {claim.stream_id: 0})
     assert ends(await make_claims(redis).sweep()) == [(claim.stream_id, "")]
-
-
-async def set_state(redis: Any, stream_id: str, name: str, value: int) -> None:
-    await redis.hset(keys.state(stream_id), name, value)
 
 
 async def wake_tokens(redis: Any) -> int:

@@ -7,11 +7,11 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import keys
-from relay.claim import INTERRUPTED, Claim
+from relay.claim import INTERRUPTED
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, entry, to_json
 from relay.log import Log
 from relay.outbox import LEASE_SECONDS, Delivery, Outbox
-from tests.conftest import append, due_in_ms, make_claims, make_due, until
+from tests.conftest import append, claim_one, due_in_ms, make_claims, make_due, until
 
 URL = "https://hooks.test/the-path"
 END = [entry(STARTED, {"attempt": 1}), entry(COMPLETED, {"chunks": 1})]
@@ -24,11 +24,6 @@ def outbox(redis: Redis) -> Outbox:
 
 async def create(log: Log, **options: Any) -> str:
     return (await log.create({}, webhook=URL, **options)).stream_id
-
-
-async def claim_one(redis: Redis) -> Claim:
-    [claim] = await make_claims(redis).claim(1)
-    return claim
 
 
 async def ended(redis: Redis, log: Log) -> str:

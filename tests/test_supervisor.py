@@ -77,8 +77,8 @@ async def outcome(*children: Child) -> str | None:
         return await Run(*children).outcome
 
 
-def python(name: str, code: str, *args: str, stage: int = FRONT) -> Child:
-    return Child(name, [sys.executable, "-c", code, *args], os.environ, stage=stage)
+def python(name: str, code: str) -> Child:
+    return Child(name, [sys.executable, "-c", code], os.environ)
 
 
 def notes(name: str, file: Path, code: str = "0", stage: int = FRONT) -> Child:
@@ -164,11 +164,12 @@ async def test_a_child_that_cannot_be_started_brings_everything_down() -> None:
     assert sentence == "ghost cannot be started: No such file or directory."
 
 
+@pytest.mark.parametrize("code", [SLEEPS, "import os; os.close(1);" + SLEEPS])
 async def test_a_child_that_is_never_ready_brings_everything_down(
-    monkeypatch: pytest.MonkeyPatch,
+    code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.supervisor.READY_SECONDS", 0.1)
-    child = Child("mute", [sys.executable, "-c", SLEEPS], os.environ, says("up"), piped=True)
+    monkeypatch.setattr("cli.supervisor.READY_SECONDS", 0.4)
+    child = Child("mute", [sys.executable, "-c", code], os.environ, says("up"), piped=True)
     assert await outcome(child) == "mute was not ready within 0 s."
 
 

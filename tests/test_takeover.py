@@ -105,8 +105,8 @@ async def said(record: Record) -> bool:
     return record.sent >= 3
 
 
-async def over(record: Record, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
+async def over(record: Record) -> None:
+    async with asyncio.timeout(10):
         await record.over.wait()
 
 

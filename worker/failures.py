@@ -18,9 +18,10 @@ FAILURES = (httpx2.HTTPError, TimeoutError, UpstreamError)
 """What asking it may raise."""
 MOST_BYTES = 64 * 1024
 """Of what it says with an error status."""
-MOST_RETRY_AFTER = 86400
 WORDS_SECONDS = 2.0
 """How long that is waited for. Status and headers tell enough without it."""
+MOST_RETRY_AFTER = 86400
+"""Seconds, and the most that clients are told to wait."""
 REQUEST_IDS = ("x-request-id", "apim-request-id")
 """Headers by which a vendor's support finds a request."""
 NAMED = {"upstream_rate_limited", "upstream_refused"}
