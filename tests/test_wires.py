@@ -148,6 +148,36 @@ def test_text_is_the_text_of_the_first_choice_with_every_emoji_whole(
     assert b"".join(encode(Event(CURSOR, *each)) for each in entries) == written
 
 
+def whole_calls(*pieces: Chunk) -> list[tuple[str, str, str]]:
+    """Of the completion whose chunks have one of these each: id, name and arguments."""
+    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    events = [Event(CURSOR, WHOLE, to_json({"chunk": chunk})) for chunk in chunks]
+    [choice] = chat_completions.fold(events)["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert not any("index" in call for call in calls)
+    return [(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+CALL: list[Chunk] = [
+    {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x":'}},
+    {"function": {"arguments": "1}"}},
+]
+
+
+@pytest.mark.parametrize("index", [{}, {"index": None}])
+def test_calls_that_a_server_does_not_number_are_told_apart_by_their_ids(index: Chunk) -> None:
+    other: Chunk = {"id": "b", "function": {"name": "g", "arguments": "{}"}}
+    told = whole_calls(*(index | piece for piece in [*CALL, other]))
+    assert told == [("a", "f", '{"x":1}'), ("b", "g", "{}")]
+
+
+def test_a_call_keeps_its_id_where_a_server_repeats_it_as_an_empty_one() -> None:
+    again: Chunk = {"id": "", "type": "", **CALL[1]}
+    assert whole_calls(*({"index": 0} | piece for piece in (CALL[0], again))) == [
+        ("a", "f", '{"x":1}')
+    ]
+
+
 def with_logprobs(count: int) -> list[Chunk]:
     return [{"logprobs": {"content": [{"token": "a", "logprob": -1.5}]}}] * count
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from api.wires import sse
-from relay.chunks import Chunk, Expander
+from relay.chunks import Chunk, Expander, call_key
 from relay.errors import StreamGone
 from relay.events import CANCELLED, COMPLETED, FAILED, STARTED, TEXT, Event, join_text, to_json
 
@@ -138,11 +138,20 @@ def _add(whole: Chunk, choice: Chunk) -> None:
     time the whole of it."""
     said = {key: value for key, value in choice.items() if key in {"delta", "logprobs"}}
     about = {key: value for key, value in choice.items() if key not in said and value is not None}
+    if calls := (said.get("delta") or {}).get("tool_calls"):
+        said["delta"] = {**said["delta"], "tool_calls": _numbered(calls, whole)}
     results = whole.get("content_filter_results", {}) | about.get("content_filter_results", {})
     whole.update(about)
     if results:
         whole["content_filter_results"] = results
     _merge(whole, said)
+
+
+def _numbered(calls: list[Chunk], whole: Chunk) -> list[Chunk]:
+    """Pieces of tool calls by the key of the call that each goes on with."""
+    known = (whole.get("delta") or {}).get("tool_calls")
+    newest = known[-1]["index"] if known else 0
+    return [{**call, "index": (newest := call_key(call, newest))} for call in calls]
 
 
 def _merge(whole: Chunk, part: Chunk) -> None:
@@ -151,7 +160,7 @@ def _merge(whole: Chunk, part: Chunk) -> None:
         if known is None:
             whole[key] = _own(value)
         elif value is None or key in _REPEATED:
-            whole[key] = known if value is None else value
+            whole[key] = value or known  # Some servers repeat it as an empty string.
         elif isinstance(known, str) and isinstance(value, str):
             whole[key] = known + value
         elif isinstance(known, dict) and isinstance(value, dict):
@@ -164,7 +173,9 @@ def _merge(whole: Chunk, part: Chunk) -> None:
 
 def _merge_lists(known: list[Any], parts: list[Any]) -> None:
     """By their `index` where they have one, as the pieces of tool calls; else one after another."""
-    numbered: dict[int, Any] | None = None  # Made at the first that has one: most lists have none.
+    numbered: dict[int | str, Any] | None = (
+        None  # Made at the first that has one: most lists have none.
+    )
     for part in parts:
         index = _index(part)
         if index is not None and numbered is None:
@@ -178,9 +189,9 @@ def _merge_lists(known: list[Any], parts: list[Any]) -> None:
             known.append(numbered[index])
 
 
-def _index(part: Any) -> int | None:
+def _index(part: Any) -> int | str | None:
     index = part.get("index") if isinstance(part, dict) else None
-    return index if isinstance(index, int) else None
+    return index if isinstance(index, int | str) else None
 
 
 def _own(value: Any) -> Any:
