@@ -264,10 +264,10 @@ def _plain_text(rest: Chunk) -> str | None:
     """The text of a chunk with one unfinished first choice that says nothing else; None for others:
     a piece of a tool call or of reasoning may come twice, and beside an empty text."""
     match rest.get("choices"):
-        case [{"delta": {"content": str(text), **others}, "finish_reason": None} as choice]:
+        case [{"delta": {"content": str(text), **others}} as choice]:
             others.pop("role", None)
-            alone = not (any(others.values()) or choice.get("logprobs"))
-            return text if alone and choice.get("index") == 0 else None
+            more = (choice.get("finish_reason"), choice.get("logprobs"), *others.values())
+            return text if not any(more) and choice.get("index") == 0 else None
     return None
 
 

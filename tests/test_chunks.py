@@ -163,6 +163,12 @@ def test_what_the_upstream_said_is_read_back_whole(
     assert expanded(entries_of(chunks, render)) == chunks
 
 
+@pytest.mark.parametrize("unfinished", [{"finish_reason": None}, {"finish_reason": ""}, {}])
+def test_text_is_stored_alone_however_a_server_says_that_more_comes(unfinished: Chunk) -> None:
+    chunks = [chunk({"index": 0, "delta": {"content": x}, **unfinished}) for x in "abc"]
+    assert [entry.kind for entry in entries_of(chunks)] == [STARTED, WHOLE, TEXT, TEXT]
+
+
 INDEXES = st.integers(0, 2)
 ENVELOPES = st.fixed_dictionaries(
     {},
@@ -188,7 +194,7 @@ CHOICES = st.fixed_dictionaries(
     optional={
         "index": INDEXES,
         "delta": st.none() | DELTAS,
-        "finish_reason": st.sampled_from([None, None, "stop", "content_filter"]),
+        "finish_reason": st.sampled_from([None, None, "", "stop", "content_filter"]),
         "logprobs": st.none() | st.just(TOKEN),
         "content_filter_results": st.sampled_from([{}, FILTERS]),
     },
