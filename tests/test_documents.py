@@ -66,7 +66,7 @@ PROMISED = [
     ("README.md", "`relay_worker_silent_seconds` above 3 |", ALIVE_SECONDS, 3),
     ("README.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
     ("README.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
-    ("README.md", "with 100 bytes for each chunk", generation.ENTRY_BYTES, 100),
+    ("README.md", "with 100 bytes for each chunk", upstream.CHUNK_BYTES, 100),
     ("README.md", "first word 64 MiB", upstream.HELD_BYTES, 64 * MIB),
     ("README.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),
     ("ARCHITECTURE.md", "and once in five seconds anyway", hub.PATROL_SECONDS, 5),

@@ -23,7 +23,7 @@ from tests.listening import listening, silent
 from tests.receiver import Names
 from tests.test_http1 import CHUNKED, Server, serving
 from worker.failures import Refused
-from worker.upstream import Upstream
+from worker.upstream import CHUNK_BYTES, Upstream
 
 SECRET = "the secret of the vendor"
 
@@ -590,7 +590,7 @@ async def test_an_answer_that_was_only_announced_is_asked_for_again(end: bytes) 
 async def test_what_comes_before_the_first_word_is_not_kept_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.upstream.HELD_BYTES", 2 * len(ANNOUNCED))
+    monkeypatch.setattr("worker.upstream.HELD_BYTES", 2 * (len(ANNOUNCED) + 2 * CHUNK_BYTES))
     answers = [[HEAD, *[body(ANNOUNCED)] * 3] for _ in range(2)]
     async with saying(*answers) as (server, upstream):
         chunks, error = await failure_of(upstream)

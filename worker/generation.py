@@ -13,14 +13,12 @@ from relay.log import Appended, Batch
 from relay.logs import get_logger
 from worker.appender import Appender
 from worker.failures import Refused
-from worker.upstream import Upstream
+from worker.upstream import CHUNK_BYTES, Upstream
 
 logger = get_logger()
 
 MOST_BYTES = 64 * 1024 * 1024
 """Of one answer, as it is kept: a model that never ends must not take the memory of all."""
-ENTRY_BYTES = 100
-"""Of that, for an entry beside its data. In Redis it is half as much, in an API thrice."""
 
 
 class Generation:
@@ -46,7 +44,7 @@ class Generation:
         self._entries: list[str | bytes] = []
         """As a Batch has them."""
         self._bytes = 0
-        """Of their data, and ENTRY_BYTES for each."""
+        """Of their data, and CHUNK_BYTES for each."""
         self._standing = 0
         """How many of them stand in the log."""
         self._over = asyncio.Event()
@@ -106,7 +104,7 @@ class Generation:
             self._first_seconds = self._seconds()
         for chunk in chunks:
             entries = self._compactor.entries(chunk)
-            self._bytes += sum(len(each.data) + ENTRY_BYTES for each in entries)
+            self._bytes += sum(len(each.data) + CHUNK_BYTES for each in entries)
             if self._bytes > MOST_BYTES:
                 raise Garbled(f"an answer of more than {MOST_BYTES} bytes")
             self._line_up(*entries)
