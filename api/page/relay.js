@@ -161,6 +161,7 @@ class Answer {
     if (event === "failed" && id === null) return { ...value, kind: "gone" };
     if (event !== "completed" || (await this.#isWhole(value))) return { ...value, kind: event };
     if (this.#replayed) return { ...value, kind: "corrupt" };
+    this.signal?.throwIfAborted(); // It may have been given while the hash was made.
     this.#replayed = true;
     this.cursor = "";
     this.#begin(this.#attempt);

@@ -295,6 +295,18 @@ for (const [last, before] of [
     }));
 }
 
+test("nothing is told after a signal that comes while the hash is made", () =>
+  serving([whole({ sha256: sha256("Hullo") })], async (url) => {
+    const abort = new AbortController();
+    const told = [];
+    const onEvent = ({ event }) => {
+      if (event === "completed") queueMicrotask(() => abort.abort(new Error("enough")));
+    };
+    const onReset = () => told.push("reset");
+    await assert.rejects(watch(url, { signal: abort.signal, onEvent, onReset }), /enough/);
+    assert.deepEqual(told, ["reset"]);
+  }));
+
 test("what a callback throws comes out and closes the connection", async () => {
   let closed;
   const answer = (response) => (closed = once(stay(started())(response), "close"));
