@@ -46,6 +46,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 def refusal(status: int, code: str, message: str, *, param: str | None = None) -> Response:
     body = {"error": error(code, message, param=param, status=status)}
     headers = {"retry-after": str(RETRY_SECONDS)} if status in {429, 503} else {}
+    if status == 409:
+        # SDKs take it for a lock that goes away.
+        headers["x-should-retry"] = "false"
     return JSONResponse(body, status, headers)
 
 

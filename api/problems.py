@@ -170,6 +170,8 @@ def _reason(fault: Mapping[str, Any]) -> str:
             return "This server does not know it"
         case "model_attributes_type" | "model_type" | "dict_type":
             return "It must be a JSON object"
+        case "union_tag_not_found":
+            return "It must be a JSON object with a known type"
         case "union_tag_invalid":
             known = fault["ctx"]["expected_tags"]
             return f"The type {fault['ctx']['tag']!r} is not known here, but {known}"

@@ -5,7 +5,6 @@ A response is a stream, and its id that of the stream after `resp_`.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -139,10 +138,10 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
         created = await asking.create(asked, "responses")
         if created.repeated:
             return await _now(parts, created.stream_id)
-        return _told(_born(parts, created.stream_id, created.created_ms), [BIRTH])
+        return _told(_born(parts, created.stream_id, created.created_ms, body.format_type), [BIRTH])
     asking.must_stay()
     feed, created = await asking.begin(asked, "responses")
-    born = replace(_born(parts, created.stream_id, created.created_ms), format=body.format_type)
+    born = _born(parts, created.stream_id, created.created_ms, body.format_type)
     if not body.stream:
         return await when_ended(request, asking, feed, partial(_ended, born))
     if not body.background:
@@ -243,5 +242,7 @@ async def _known(parts: Parts, stream_id: str) -> codec.Born:
     return _born(parts, stream_id, state.created_ms)
 
 
-def _born(parts: Parts, stream_id: str, created_ms: int) -> codec.Born:
-    return codec.Born(stream_id, created_ms // 1000, parts.model)
+def _born(
+    parts: Parts, stream_id: str, created_ms: int, text_format: str | None = None
+) -> codec.Born:
+    return codec.Born(stream_id, created_ms // 1000, parts.model, text_format)

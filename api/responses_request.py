@@ -84,7 +84,10 @@ class MessageItem(_Item):
     phase: str | None = None
 
     def add_to(self, messages: list[JsonObject]) -> None:
-        messages.append({"role": self.role, "content": _chat_content(self.content)})
+        """What was said after a call stands before it: its outputs must follow it at once."""
+        calls = self.role == "assistant" and messages and messages[-1].get("tool_calls")
+        said = {"role": self.role, "content": _chat_content(self.content)}
+        messages.insert(len(messages) - bool(calls), said)
 
 
 class CallItem(_Item):

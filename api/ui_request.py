@@ -133,7 +133,10 @@ def _tool(at: str, part: JsonObject) -> tuple[JsonObject, str | None]:
     name = part.get("toolName") or part["type"].removeprefix("tool-")
     match part:
         case {"toolCallId": str(call_id), "state": str(state)}:
-            function = {"name": name, "arguments": _json(part.get("input", {}))}
+            given = part.get("input")
+            if given is None:  # Arguments that are no JSON the SDK has there.
+                given = part.get("rawInput", {})
+            function = {"name": name, "arguments": _json(given)}
             return {"id": call_id, "type": "function", "function": function}, _output(part, state)
         case _:
             raise _unusable(at, part)

@@ -394,6 +394,9 @@ async def test_the_model_is_asked_what_the_response_was_asked(
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "1"},
         {"type": "reasoning", "id": "r", "summary": []},
+        {"type": "function_call", "call_id": "d", "name": "f", "arguments": "{}"},
+        {"type": "message", "role": "assistant", "content": "I look."},
+        {"type": "function_call_output", "call_id": "d", "output": "2"},
         {"role": "user", "content": prompt(text=['{"rain":', "true}"])},
     ]
     response = await sdk.responses.parse(
@@ -429,6 +432,9 @@ async def test_the_model_is_asked_what_the_response_was_asked(
         },
         {"role": "assistant", "content": "Hi.", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "1"},
+        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": None, "tool_calls": [call | {"id": "d"}]},
+        {"role": "tool", "tool_call_id": "d", "content": "2"},
         {"role": "user", "content": asked[-1]["content"]},
     ]
     [tool] = body["tools"]
@@ -472,6 +478,21 @@ async def test_who_asks_for_json_is_told_so_with_the_answer(sdk: AsyncOpenAI) ->
         assert response.text.format
         assert response.text.format.type == "json_schema"
     assert (await sdk.responses.create(**asked)).text is None
+    wanted: Any = {"format": {"type": "json_object"}}
+    queued = await sdk.responses.create(**asked, text=wanted, background=True)
+    assert queued.text
+    assert queued.text.format
+    assert queued.text.format.type == "json_object"
+
+
+@pytest.mark.parametrize(
+    "given", [["Hello"], [{"role": "user", "content": [{"text": "Hello"}]}]], ids=["item", "part"]
+)
+async def test_what_has_no_type_is_refused_in_words_that_are_not_of_this_server_inside(
+    sdk: AsyncOpenAI, given: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="a JSON object with a known type"):
+        await sdk.responses.create(model=MODEL, input=given)
 
 
 async def test_an_item_that_is_not_known_is_refused_with_those_that_are(sdk: AsyncOpenAI) -> None:
@@ -597,6 +618,11 @@ async def test_the_same_key_leads_to_the_same_response(sdk: AsyncOpenAI) -> None
     one = await sdk.responses.create(**asking(chunks=1), background=True, **key)
     two = await sdk.responses.create(**asking(chunks=1), **key)
     assert (two.id, two.output_text) == (one.id, "0 ")
+    conflicting: Any = {**asking(chunks=2), **key}
+    with pytest.raises(openai.ConflictError) as refused:
+        await sdk.with_options(max_retries=2).responses.create(**conflicting)
+    assert refused.value.code == "idempotency_conflict"
+    assert refused.value.response.headers["x-should-retry"] == "false", "it would be refused again"
 
 
 async def test_once_an_answer_is_born_its_response_needs_nothing_more_of_redis(

@@ -287,6 +287,7 @@ def test_a_message_begins_with_its_id_and_its_step() -> None:
 TOOL = {"type": "tool-f", "toolCallId": "c", "input": {"a": 1}}
 BROKEN = {"state": "output-error", "errorText": "It broke."}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+GARBLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '"{\\"a\\""'}}
 
 
 def output(content: str) -> Part:
@@ -358,6 +359,11 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
             "assistant",
             [{**TOOL, "type": "dynamic-tool", "toolName": "f", **BROKEN}],
             [{"role": "assistant", "content": None, "tool_calls": [CALL]}, output("It broke.")],
+        ),
+        (
+            "assistant",
+            [{"type": "tool-f", "toolCallId": "c", "rawInput": '{"a"', **BROKEN}],
+            [{"role": "assistant", "content": None, "tool_calls": [GARBLED]}, output("It broke.")],
         ),
         (
             "assistant",
