@@ -290,7 +290,16 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigurationError(f"{first['loc'][0]}: {reason}.") from None
+        raise ConfigurationError(f"{_names(first['loc'][0])}: {reason}.") from None
+
+
+def _names(variable: object) -> str:
+    """All names of a setting of which pydantic tells the first, whichever was used."""
+    for field in Settings.model_fields.values():
+        match field.validation_alias:
+            case AliasChoices(choices=[first, *_] as names) if first == variable:
+                return " or ".join(map(str, names))
+    return str(variable)
 
 
 def _check_env_file() -> None:
