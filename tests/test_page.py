@@ -161,6 +161,46 @@ async def test_a_person_types_a_question_and_watches_the_answer_grow(
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
 
 
+async def test_a_server_that_does_not_answer_is_told_and_asked_again(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    """As where six windows have all connections that a browser makes to it."""
+    await page.add_init_script(
+        "const { timeout } = AbortSignal; AbortSignal.timeout = timeout.bind(AbortSignal, 100)"
+    )
+    held = await hold(page, "**/chat")
+    await page.goto(address(stack))
+    await type_question(page, prompt(text=["Hello"]))
+    await page.keyboard.press("Enter")
+    await held.get()
+    await expect(page.get_by_text("close other windows")).to_be_visible()
+    await expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+
+
+async def test_the_page_lives_on_while_a_very_long_answer_comes(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    pieces = 40_000
+    await page.add_init_script("""
+        let writes = (globalThis.writes = [0]);
+        const { appendData } = CharacterData.prototype;
+        CharacterData.prototype.appendData = function (text) {
+          writes[0] += 1;
+          appendData.call(this, text);
+        };
+    """)
+    await ask_on(page, stack, chunks=pieces)
+    await page.evaluate("""
+        new MutationObserver(([{ target }]) => {
+          globalThis.last = [target.textContent, document.getElementById("answer").textContent];
+        }).observe(document.getElementById("status"), { childList: true })
+    """)
+    await expect(status_on(page)).to_have_text("Complete.", timeout=60_000)
+    whole = "".join(f"{number} " for number in range(pieces))
+    assert await page.evaluate("last") == ["Complete.", whole]
+    assert await page.evaluate("writes[0]") < pieces / 10
+
+
 async def test_enter_sends_the_question(stack: httpx2.AsyncClient, page: Page) -> None:
     await page.goto(address(stack))
     await type_question(page, prompt(text=["Hello"]))

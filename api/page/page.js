@@ -13,8 +13,12 @@ const [form, question, send, problem, stream, status, link, cancel, answer] = [
   "ask", "question", "send", "problem", "stream", "status", "link", "cancel", "answer",
 ].map((id) => document.getElementById(id));
 
+const PATIENCE_MS = 10_000;
+
 // Ends the watching of the stream in the address, and tells which one something was begun for.
 let watching = new AbortController();
+// What has come and is not shown yet: each piece by itself, a very long answer would freeze the page.
+let fresh = "";
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -59,7 +63,8 @@ send.disabled = false; // Without this script it would reload the page, and the 
 function show() {
   watching.abort();
   watching = new AbortController();
-  answer.textContent = problem.textContent = "";
+  clear();
+  problem.textContent = "";
   const id = location.hash.slice(1);
   link.hidden = cancel.hidden = !id;
   link.href = location.href;
@@ -76,7 +81,7 @@ function follow(id, signal) {
   watch(`streams/${id}/events`, {
     signal,
     onText: grow,
-    onReset: () => (answer.textContent = ""),
+    onReset: clear,
     onOpen: () => {
       problem.textContent = ""; // That the server could not be reached is no longer so.
       say(doing, "live");
@@ -106,6 +111,7 @@ function answering({ model, attempt }) {
 }
 
 function end({ kind, finish_reason, message }) {
+  write();
   if (kind === "gone") return refuse(message);
   if (document.activeElement === cancel) question.focus();
   cancel.hidden = true;
@@ -120,9 +126,19 @@ function refuse(text) {
 }
 
 function grow(text) {
+  if (!fresh) setTimeout(write, 16);
+  fresh += text;
+}
+
+function write() {
   // One text node: the halves of an emoji may come in two chunks, and two nodes would not join them.
-  if (answer.firstChild) answer.firstChild.appendData(text);
-  else answer.textContent = text;
+  if (answer.firstChild) answer.firstChild.appendData(fresh);
+  else answer.textContent = fresh;
+  fresh = "";
+}
+
+function clear() {
+  answer.textContent = fresh = "";
 }
 
 function say(text, state) {
@@ -133,8 +149,15 @@ function say(text, state) {
 
 async function call(method, path, body) {
   const headers = { "content-type": "application/json" };
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) })
-    .catch(() => { throw new Error("The server cannot be reached: try again."); });
+  // A browser has six connections to a server over HTTP/1.1, and each window that watches takes one:
+  // with six of them this would wait until an answer ends, without a word.
+  const signal = AbortSignal.timeout(PATIENCE_MS);
+  const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) })
+    .catch(({ name }) => {
+      throw new Error(name === "TimeoutError"
+        ? "The server does not answer: close other windows that watch an answer, or try again."
+        : "The server cannot be reached: try again.");
+    });
   // A proxy in between answers with no problem of ours, and perhaps with no JSON.
   const value = await response.json().catch(() => ({}));
   if (response.ok) return value;
