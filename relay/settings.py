@@ -151,6 +151,20 @@ class Settings(BaseSettings):
         except RuntimeError:
             raise ValueError("must be a folder; of the user after ~ none is known") from None
 
+    @field_validator(
+        "azure_endpoint",
+        "azure_key",
+        "azure_deployment",
+        "openai_base_url",
+        "openai_key",
+        "openai_model",
+        mode="before",
+    )
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        """Without the line break or blank that a store of secrets or an editor put behind it."""
+        return (value.strip() or None) if isinstance(value, str) else value
+
     @field_validator("azure_key", "openai_key")
     @classmethod
     def _key(cls, key: SecretStr | None) -> SecretStr | None:

@@ -115,10 +115,22 @@ def test_a_whole_configuration_is_an_upstream(
     assert load(monkeypatch, environment).upstream == expected
 
 
+@pytest.mark.parametrize("around", ["%s\n", "%s\r", " %s ", "\t%s\r\n"])
+@pytest.mark.parametrize(
+    "environment", [AZURE, OPENAI | {"OPENAI_BASE_URL": "http://localhost/v1"}]
+)
+def test_what_a_store_of_secrets_puts_around_a_value_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], around: str
+) -> None:
+    padded = {variable: around % value for variable, value in environment.items()}
+    assert load(monkeypatch, padded).upstream == load(monkeypatch, environment).upstream
+
+
 @pytest.mark.parametrize(
     ("environment", "variable"),
     [
         (without(AZURE, "AZURE_OPENAI_ENDPOINT"), "AZURE_OPENAI_ENDPOINT"),
+        (AZURE | {"AZURE_OPENAI_KEY": " "}, "AZURE_OPENAI_KEY"),
         (without(AZURE, "AZURE_OPENAI_KEY"), "AZURE_OPENAI_KEY"),
         (without(AZURE, "AZURE_OPENAI_KEY"), "AZURE_OPENAI_ENTRA"),
         (without(AZURE, "AZURE_OPENAI_CHATGPT_DEPLOYMENT"), "AZURE_OPENAI_CHATGPT_DEPLOYMENT"),
@@ -202,7 +214,7 @@ def test_an_upstream_url_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, url:
         ("OPENAI_API_KEY", OPENAI),
     ],
 )
-@pytest.mark.parametrize("key", ["“demo”", "dé", "demo\n"])
+@pytest.mark.parametrize("key", ["“demo”", "dé", "de\nmo"])
 def test_a_key_that_no_header_can_carry_is_told_at_the_start_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, variable: str, rest: dict[str, str], key: str
 ) -> None:
