@@ -63,6 +63,10 @@ Version = Annotated[
 @app.callback()
 def relay(_: Version = False) -> None:
     """What stands before any command."""
+    for name in ("stdout", "stderr"):
+        # Closed when Python began. What is for stderr would go to stdout then, among the answer.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
     if isinstance(sys.stdout, TextIOWrapper):  # Not every terminal has a sign for all of an answer.
         sys.stdout.reconfigure(errors="replace")
 

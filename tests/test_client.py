@@ -436,11 +436,21 @@ def test_no_proxy_comes_between_it_and_a_relay_on_this_machine(
         assert relay.ask([]) == ID
 
 
-def test_a_proxy_that_cannot_be_gone_through_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("ALL_PROXY", "socks5://proxy.invalid:1", "unset ALL_PROXY"),
+        ("HTTP_PROXY", "http://127.0.0.1:abc", "set HTTP_PROXY"),
+        ("ALL_PROXY", "http://[::", "unset ALL_PROXY"),
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE .* leads to no certificates"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE .* leads to no certificates"),
+    ],
+)
+def test_an_environment_that_leads_nowhere_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, sentence: str
 ) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks5://proxy.invalid:1")
-    with pytest.raises(ConfigurationError, match="unset ALL_PROXY"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=sentence):
         Client("http://relay.invalid")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ import typer
 
 from cli import main
 from cli.__main__ import run as run_relay
-from cli.processes import base_url, end_with_parent, free_port
+from cli.processes import base_url, end_with_parent, free_port, module, module_env
 from cli.redis_server import find_redis_server
 from emulator.script import prompt
 from relay import keys
@@ -167,6 +168,20 @@ async def test_workers_have_all_of_their_grace_and_hand_over_what_outlasts_it(
         assert await state == b"0"
         assert await redis.zcard(keys.QUEUE) == 1
         assert await redis.zcard(keys.LEASES) == 0
+
+
+@pytest.mark.parametrize(("closed", "printed"), [("2>&-", b"Hello\n"), (">&-", b"")])
+async def test_what_stands_closed_costs_no_trace_and_nothing_goes_elsewhere(
+    url: str, tmp_path: Path, closed: str, printed: bytes
+) -> None:
+    words = shlex.join([*module("cli"), "chat", prompt(text=["Hello"])])
+    env = module_env() | {"RELAY_URL": url}
+    chat = await asyncio.create_subprocess_shell(
+        f"{words} {closed}", env=env, cwd=tmp_path, stdout=PIPE, stderr=PIPE
+    )
+    out, err = await chat.communicate()
+    assert (chat.returncode, out) == (0, printed)
+    assert b"Traceback" not in err
 
 
 async def test_chat_prints_the_answer_and_watch_prints_it_again(url: str, tmp_path: Path) -> None:
