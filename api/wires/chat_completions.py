@@ -173,9 +173,8 @@ def _merge(whole: Chunk, part: Chunk) -> None:
 
 def _merge_lists(known: list[Any], parts: list[Any]) -> None:
     """By their `index` where they have one, as the pieces of tool calls; else one after another."""
-    numbered: dict[int | str, Any] | None = (
-        None  # Made at the first that has one: most lists have none.
-    )
+    # Made at the first that has one: most lists have none.
+    numbered: dict[int | str, Any] | None = None
     for part in parts:
         index = _index(part)
         if index is not None and numbered is None:
