@@ -74,34 +74,42 @@ export class Unreachable extends Error {
  *   of `signal`, with Refused, with Unreachable, or with what a callback threw.
  */
 export async function watch(url, options = {}) {
-  const { onComment, onDone, onLost, signal, tries = Infinity } = options;
-  const answer = new Answer(options);
+  const { signal, tries = Infinity } = options;
+  const tell = teller(options);
+  const answer = new Answer(tell);
   let retryMs = FIRST_WAIT_MS;
   let failures = 0;
   for (;;) {
     signal?.throwIfAborted();
     failures += 1;
-    for await (const frame of connection(url, answer.cursor, options)) {
-      signal?.throwIfAborted();
-      if (frame.kind === "comment") onComment?.(frame.text);
+    for await (const frame of connection(url, answer.cursor, options, tell)) {
+      if (frame.kind === "comment") tell("onComment", frame.text);
       else if (frame.kind === "retry") retryMs = Math.max(frame.ms, SHORTEST_WAIT_MS);
       else {
         failures = 0;
         const outcome = frame.kind === "event" ? await answer.take(frame) : frame.outcome;
-        signal?.throwIfAborted();
         if (outcome === AGAIN) break;
         if (outcome) {
-          onDone?.(outcome);
+          tell("onDone", outcome);
           return outcome;
         }
       }
     }
     signal?.throwIfAborted();
     if (failures >= tries) throw new Unreachable("The server cannot be reached: try again.");
-    onLost?.();
-    signal?.throwIfAborted();
+    tell("onLost");
     await sleep(backoff(retryMs, failures), signal);
   }
+}
+
+/** Calls back, and nobody after the signal: that may come at any time, from a callback as well.
+ * @param {Options} options
+ * @returns {(name: keyof Options, ...told: any[]) => void} */
+function teller(options) {
+  return (name, ...told) => {
+    options.signal?.throwIfAborted();
+    /** @type {any} */ (options[name])?.(...told);
+  };
 }
 
 /** Never earlier than the server asked for, and not together with everybody else.
@@ -114,6 +122,7 @@ function backoff(retryMs, failures) {
 /** @param {number} ms @param {AbortSignal} [signal] @returns {Promise<void>} */
 function sleep(ms, signal) {
   return new Promise((resolve, reject) => {
+    signal?.throwIfAborted(); // It would never say so again.
     const stop = () => {
       clearTimeout(timer);
       reject(signal?.reason);
@@ -138,10 +147,9 @@ class Answer {
   #begun = false;
   #replayed = false;
 
-  /** @param {Options} options */
-  constructor({ onText, onReset, onEvent, signal }) {
-    this.on = { onText, onReset, onEvent };
-    this.signal = signal;
+  /** @param {ReturnType<typeof teller>} tell */
+  constructor(tell) {
+    this.tell = tell;
   }
 
   /**
@@ -152,8 +160,7 @@ class Answer {
   async take({ id, event, data }) {
     const value = JSON.parse(data);
     this.cursor = id ?? this.cursor;
-    this.on.onEvent?.({ id, event, data: value });
-    this.signal?.throwIfAborted();
+    this.tell("onEvent", { id, event, data: value });
     if (event === "started") this.#begin(value.attempt);
     if (event === "chunk") this.#grow(value.text);
     if (!ENDINGS.has(event)) return null;
@@ -161,7 +168,6 @@ class Answer {
     if (event === "failed" && id === null) return { ...value, kind: "gone" };
     if (event !== "completed" || (await this.#isWhole(value))) return { ...value, kind: event };
     if (this.#replayed) return { ...value, kind: "corrupt" };
-    this.signal?.throwIfAborted(); // It may have been given while the hash was made.
     this.#replayed = true;
     this.cursor = "";
     this.#begin(this.#attempt);
@@ -174,7 +180,7 @@ class Answer {
     this.#chunks = 0;
     this.#attempt = attempt;
     this.#begun = true;
-    this.on.onReset?.(attempt);
+    this.tell("onReset", attempt);
   }
 
   /** @param {string | undefined} text None in a chunk of tool calls, usage and the like. */
@@ -182,7 +188,7 @@ class Answer {
     this.#chunks += 1;
     if (!text) return;
     this.#text += text;
-    this.on.onText?.(text);
+    this.tell("onText", text);
   }
 
   /** @param {{ chunks?: number, sha256?: string }} told */
@@ -209,10 +215,11 @@ async function digest(text) {
  * @param {string | URL} url
  * @param {string} cursor Or "" for all from the newest `started`.
  * @param {Options} options
+ * @param {ReturnType<typeof teller>} tell
  * @returns {AsyncGenerator<Frame | { kind: "outcome", outcome: Outcome }, void>} Throws Refused.
  */
-async function* connection(url, cursor, options) {
-  const { onOpen, headers, signal, silenceMs = SILENCE_MS, fetch = globalThis.fetch } = options;
+async function* connection(url, cursor, options, tell) {
+  const { headers, signal, silenceMs = SILENCE_MS, fetch = globalThis.fetch } = options;
   const pulse = new Pulse(silenceMs, signal);
   try {
     const resume = cursor && { "last-event-id": cursor };
@@ -226,7 +233,7 @@ async function* connection(url, cursor, options) {
       if (outcome) yield { kind: "outcome", outcome };
       return;
     }
-    onOpen?.();
+    tell("onOpen");
     const parse = parser();
     const reader = response.body.getReader();
     for (let piece; (piece = await orNull(reader.read())) && piece.value; ) {
