@@ -19,6 +19,7 @@ from relay.client import Client
 from relay.errors import ConfigurationError, RelayError, StreamUnknown
 from relay.events import CUT_SHORT, STARTED, TERMINAL
 from relay.ids import is_stream_id
+from relay.logs import open_closed_streams
 from relay.settings import load_settings
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -63,10 +64,7 @@ Version = Annotated[
 @app.callback()
 def relay(_: Version = False) -> None:
     """What stands before any command."""
-    for name in ("stdout", "stderr"):
-        # Closed when Python began. What is for stderr would go to stdout then, among the answer.
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+    open_closed_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # Not every terminal has a sign for all of an answer.
         sys.stdout.reconfigure(errors="replace")
 

@@ -16,10 +16,17 @@ Logger = structlog.typing.FilteringBoundLogger
 REPEAT_SECONDS = 5.0
 
 
+def open_closed_streams() -> None:
+    """To nowhere, for what was closed when Python began: it is None then, which fails, and for
+    stderr `print` takes stdout, where it would stand among an answer."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
+
+
 def configure_logs(process: str, log_format: Literal["text", "json"]) -> None:
     """Send the process' own steps and the warnings of its libraries to stderr, one line each."""
-    if sys.stderr is None:  # It was closed when Python began.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    open_closed_streams()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
