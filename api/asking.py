@@ -24,6 +24,7 @@ logger = get_logger()
 
 LONGEST_KEY = 255
 CANCEL_AGAIN_SECONDS = 1.0
+"""No event says when Redis takes it: it may be there and full, or read-only."""
 
 
 def names(stream_id: str) -> dict[str, str]:

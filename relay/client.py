@@ -110,13 +110,14 @@ class Client:
 
         Raises Refused (unknown, gone), Unreachable, or Corrupt.
         """
-        cursor, taken, failures, asked_ms = "", _Taken(), 0, 0
+        cursor, taken, failures, least_seconds = "", _Taken(), 0, 0.0
         while True:
+            lost = None
             try:
                 for event in self._events(stream_id, cursor):
                     failures = 0
                     if event.retry is not None:
-                        asked_ms = event.retry
+                        least_seconds = event.retry / 1000
                     if not event.data:
                         continue
                     self._told = False
@@ -126,10 +127,9 @@ class Client:
                     if update.kind in TERMINAL:
                         return
             except httpx2.TransportError as error:
-                failures = self._wait_or_give_up(failures, error, asked_ms / 1000)
-            else:
-                # The server let go before the terminal event: it is being replaced.
-                failures = self._wait_or_give_up(failures, None, asked_ms / 1000)
+                lost = error
+            # Without an error the server let go before the terminal event: it is being replaced.
+            failures = self._wait_or_give_up(failures, lost, least_seconds)
 
     def _events(self, stream_id: str, cursor: str) -> Iterator[httpx2.ServerSentEvent]:
         """The first has no data, as a `retry:` has none: it says that the server answers."""
@@ -176,7 +176,7 @@ class Client:
             self._told = True
             self._report(f"{self._url} does not answer, trying again")
         ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
-        self._sleep(max(ceiling * random.uniform(0.5, 1), least_seconds))  # noqa: S311
+        self._sleep(max(ceiling * random.uniform(0.5, 1), least_seconds))  # noqa: S311 - no secret
         return failures + 1
 
 

@@ -202,7 +202,7 @@ class Lean(AbstractConnection):
         self._close()  # type: ignore[no-untyped-call]
 
     async def disconnect(self, nowait: bool = True) -> None:
-        # It would wait for the goodbye of TLS, and raise where a Redis that hangs says none.
+        # redis-py would wait for the goodbye of TLS, and raise where a Redis that hangs says none.
         await super().disconnect(nowait=True)
 
     def error(self, text: str) -> Exception:

@@ -1,4 +1,4 @@
-"""Proxies that the environment names, as httpx goes through them."""
+"""Proxies and certificates that the environment names, as httpx takes them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
