@@ -10,6 +10,8 @@ def run() -> None:
         app(prog_name="relay")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # The disk is full to which it prints, the folder it is in is gone.
+        sys.exit(f"relay: {error}")
 
 
 if __name__ == "__main__":

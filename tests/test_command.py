@@ -322,6 +322,15 @@ def test_a_ctrl_c_while_all_is_still_imported_is_no_fault(monkeypatch: pytest.Mo
     assert ended.value.code == 130
 
 
+async def test_a_disk_that_is_full_is_one_sentence_and_exit_code_1() -> None:
+    words = shlex.join([*module("cli"), "--version"])
+    process = await asyncio.create_subprocess_shell(
+        f"{words} >/dev/full", env=module_env(), stderr=PIPE
+    )
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"relay: [Errno 28] No space left on device\n")
+
+
 async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
     process = await relay("--version", folder=tmp_path)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
