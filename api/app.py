@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from api import (
     ai_sdk,
     chat_completions,
+    docs,
     metrics,
     openai_errors,
     page,
@@ -114,6 +115,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=partial(_running, settings=settings, webhooks=webhooks, model=model),
         # They would lead to what Host says, and from https to http.
         redirect_slashes=False,
+        # They would ask a CDN, and ReDoc does wherever it comes from.
+        docs_url=None,
+        redoc_url=None,
     )
     app.cors_origins = settings.cors_origins
     app.allowed_hosts = _allowed_hosts(settings)
@@ -127,7 +131,7 @@ def create_app(settings: Settings) -> FastAPI:
         # Where Azure has OpenAI's own paths.
         app.include_router(theirs, prefix="/openai", include_in_schema=False)
     app.include_router(ai_sdk.router)
-    app.router.routes.extend(page.routes())
+    app.router.routes.extend([*page.routes(), *docs.routes()])
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
     return app
 
