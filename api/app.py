@@ -122,15 +122,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.cors_origins = settings.cors_origins
     app.allowed_hosts = _allowed_hosts(settings)
     problems.install(app, SHAPES)
-    app.include_router(router)
-    app.include_router(metrics.router)
-    app.include_router(chat_completions.router)
-    app.include_router(chat_completions.azure)
-    app.include_router(responses.router)
+    for native in (router, metrics.router):
+        app.include_router(native, tags=["Native"])
+    for openai in (chat_completions.router, chat_completions.azure, responses.router):
+        app.include_router(openai, tags=["As OpenAI and Azure have it"])
     for theirs in (chat_completions.router, responses.router):
         # Where Azure has OpenAI's own paths.
         app.include_router(theirs, prefix="/openai", include_in_schema=False)
-    app.include_router(ai_sdk.router)
+    app.include_router(ai_sdk.router, tags=["As the AI SDK has it"])
     app.router.routes.extend([*page.routes(), *docs.routes()])
     app.add_middleware(BodyLimit, limit_bytes=settings.body_bytes)
     return app

@@ -616,6 +616,7 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
     for path, methods in paths.items():
         for operation in methods.values():
             assert operation["summary"], path
+            assert len(operation["tags"]) == 1, path
             errors = [s for s in operation["responses"] if s >= "400"]
             for status in errors:
                 content = operation["responses"][status]["content"]
