@@ -118,13 +118,21 @@ def _of_stream(word: str) -> str:
 Word = Annotated[str, typer.Argument(callback=_checked)]
 StreamId = Annotated[str, typer.Argument(callback=_of_stream, help="Or a link to the stream.")]
 Url = Annotated[str, typer.Option(envvar="RELAY_URL", help="Where the API is.", show_default=True)]
+SignIn = Annotated[
+    str | None,
+    typer.Option(
+        "--authorization",
+        envvar="RELAY_AUTHORIZATION",
+        help="The header for what stands before the API, as in 'Bearer TOKEN'.",
+    ),
+]
 HERE = "http://127.0.0.1:8000"
 
 
 @app.command()
-def chat(text: Word, url: Url = HERE) -> None:
+def chat(text: Word, url: Url = HERE, sign_in: SignIn = None) -> None:
     """Ask, and print the answer as it comes, across every loss of the connection."""
-    with Client(url, report=everything.report) as client:
+    with _client(url, sign_in) as client:
         stream_id = client.ask([{"role": "user", "content": text}])
         everything.report(f"stream {stream_id}")
         try:
@@ -136,17 +144,22 @@ def chat(text: Word, url: Url = HERE) -> None:
 
 
 @app.command()
-def watch(stream_id: StreamId, url: Url = HERE) -> None:
+def watch(stream_id: StreamId, url: Url = HERE, sign_in: SignIn = None) -> None:
     """Print a stream from its beginning, then as it comes."""
-    with Client(url, report=everything.report) as client:
+    with _client(url, sign_in) as client:
         _print(client, stream_id)
 
 
 @app.command()
-def cancel(stream_id: StreamId, url: Url = HERE) -> None:
+def cancel(stream_id: StreamId, url: Url = HERE, sign_in: SignIn = None) -> None:
     """End a stream here; what it has stays readable."""
-    with Client(url, report=everything.report) as client:
+    with _client(url, sign_in) as client:
         typer.echo(client.cancel(stream_id))
+
+
+def _client(url: str, sign_in: str | None) -> Client:
+    headers = {"authorization": sign_in.strip()} if sign_in else None
+    return Client(url, headers=headers, report=everything.report)
 
 
 def _print(client: Client, stream_id: str) -> None:

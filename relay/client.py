@@ -5,7 +5,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,10 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 10.0
 FIRST_TRIES = 2
 """Where nobody ever was, the URL is wrong or nothing runs there, and waiting helps neither."""
+NOT_NOW = {408, 429, 502, 503, 504}
+"""Also what a proxy answers while the servers behind it are being replaced."""
+LONGEST_ASKED_SECONDS = 60.0
+"""Of what such an answer may ask to wait."""
 
 
 class Refused(RelayError):
@@ -45,6 +49,16 @@ class Corrupt(RelayError):
     code = "corrupt"
 
 
+class _NotNow(Exception):
+    """The answer means: come back."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.status = response.status_code
+        self.detail = str(_json(response).get("detail") or "Try again later.")
+        asked = response.headers.get("retry-after", "")
+        self.seconds = min(float(asked), LONGEST_ASKED_SECONDS) if asked.isdecimal() else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """One event as a watcher needs it. `started` means: clear what you have. `text` can be printed:
@@ -56,7 +70,7 @@ class Update:
 
 
 class Client:
-    """Talks to one chat-relay. Every request is repeated over lost connections and 503, at most
+    """Talks to one chat-relay. Every request is repeated over lost connections and NOT_NOW, at most
     `tries` times in a row, and FIRST_TRIES times if there never was a connection; a stream is
     resumed strictly after the last event that was seen. The first failure since something came is
     told to `report`."""
@@ -65,13 +79,15 @@ class Client:
         self,
         url: str,
         *,
+        headers: Mapping[str, str] | None = None,
         tries: int = 8,
         sleep: Callable[[float], object] = time.sleep,
         report: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """Raises ConfigurationError for what is no URL of a server, or leads through no proxy."""
-        self._http = _http(url)
-        self._url = url
+        """`headers` go with every request, for what may stand before the server. Raises
+        ConfigurationError for what is no URL of a server, or leads through no proxy."""
+        self._http = _http(url, headers)
+        self._url = _without_password(url)
         self._tries = tries
         self._reached = False
         """Whether there ever was a connection."""
@@ -112,7 +128,7 @@ class Client:
         """
         cursor, taken, failures, least_seconds = "", _Taken(), 0, 0.0
         while True:
-            lost = None
+            lost: httpx2.TransportError | _NotNow | None = None
             try:
                 for event in self._events(stream_id, cursor):
                     failures = 0
@@ -126,7 +142,7 @@ class Client:
                     yield update
                     if update.kind in TERMINAL:
                         return
-            except httpx2.TransportError as error:
+            except (httpx2.TransportError, _NotNow) as error:
                 lost = error
             # Without an error the server let go before the terminal event: it is being replaced.
             failures = self._wait_or_give_up(failures, lost, least_seconds)
@@ -138,11 +154,9 @@ class Client:
         # Unbounded here: the relay bounds them, and one too long would be asked for again for ever.
         with self._http.sse(url, headers=headers, max_event_size=None) as source:
             self._reached = True
-            if source.response.status_code == 503:
-                return
             if source.response.status_code != 200:
                 source.response.read()
-                raise _refused(source.response)
+                raise _no(source.response)
             if source.response.headers.get("content-type", "").startswith("text/event-stream"):
                 yield httpx2.ServerSentEvent()
             yield from source
@@ -152,35 +166,39 @@ class Client:
         while True:
             try:
                 response = self._http.request(method, path, **options)
-            except httpx2.TransportError as error:
+                body = _json(response)
+                if response.is_error or "stream_id" not in body:
+                    raise _no(response)
+            except (httpx2.TransportError, _NotNow) as error:
                 failures = self._wait_or_give_up(failures, error)
                 continue
             self._reached = True
-            if response.status_code == 503:
-                failures = self._wait_or_give_up(failures, None)
-                continue
-            body = _json(response)
-            if response.is_error or "stream_id" not in body:
-                raise _refused(response)
             self._told = False
             return body
 
     def _wait_or_give_up(
-        self, failures: int, error: Exception | None, least_seconds: float = 0.0
+        self,
+        failures: int,
+        lost: httpx2.TransportError | _NotNow | None,
+        least_seconds: float = 0.0,
     ) -> int:
-        if not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+        if not isinstance(lost, httpx2.ConnectError | httpx2.ConnectTimeout):
             self._reached = True
+        says, hint = f"{self._url} does not answer", "is `relay up` running?"
+        if isinstance(lost, _NotNow):
+            says, hint = f"{self._url} answers {lost.status}", lost.detail
+            least_seconds = max(least_seconds, lost.seconds)
         if failures + 1 >= (self._tries if self._reached else min(FIRST_TRIES, self._tries)):
-            raise Unreachable(f"{self._url} does not answer: is `relay up` running?") from error
+            raise Unreachable(f"{says}: {hint}") from lost
         if not self._told:
             self._told = True
-            self._report(f"{self._url} does not answer, trying again")
+            self._report(f"{says}, trying again")
         ceiling = min(FIRST_WAIT_SECONDS * 2**failures, LONGEST_WAIT_SECONDS)
         self._sleep(max(ceiling * random.uniform(0.5, 1), least_seconds))  # noqa: S311 - no secret
         return failures + 1
 
 
-def _http(url: str) -> httpx2.Client:
+def _http(url: str, headers: Mapping[str, str] | None) -> httpx2.Client:
     """Raises ConfigurationError for what is no URL of a server, or leads through no proxy."""
     try:
         host = httpx2.URL(url).host
@@ -191,7 +209,12 @@ def _http(url: str) -> httpx2.Client:
         raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
     timeout = httpx2.Timeout(10, read=SILENCE_SECONDS)
     with proxies.usable():
-        return httpx2.Client(base_url=url, timeout=timeout, trust_env=host not in proxies.HERE)
+        trust_env = host not in proxies.HERE
+        return httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=trust_env)
+
+
+def _without_password(url: httpx2.URL | str) -> str:
+    return str(httpx2.URL(url).copy_with(userinfo=b""))
 
 
 class _Taken:
@@ -222,12 +245,17 @@ class _Taken:
         return Update(kind, text, data)
 
 
-def _refused(response: httpx2.Response) -> Refused:
+def _no(response: httpx2.Response) -> Refused | _NotNow:
+    if response.status_code in NOT_NOW:
+        return _NotNow(response)
     match _json(response):
         case {"code": str(code), "detail": str(detail)}:
             return Refused(code, detail)
-    answer = f"{response.url} answered {response.status_code}, and not as chat-relay does"
-    return Refused("unexpected", f"{answer}: check the URL.")
+    answer = f"{_without_password(response.url)} answered {response.status_code}"
+    if response.status_code in {401, 403}:
+        how = "by RELAY_AUTHORIZATION, or the client's headers"
+        return Refused("denied", f"{answer}: send the sign-in that it asks for, {how}.")
+    return Refused("unexpected", f"{answer}, and not as chat-relay does: check the URL.")
 
 
 def _json(response: httpx2.Response) -> dict[str, Any]:

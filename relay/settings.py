@@ -32,7 +32,7 @@ MOST = 10**9
 """Redis counts in 64 bits, milliseconds since 1970 too, and would refuse later what is beyond."""
 
 PREFIXES = ("RELAY_", "AZURE_OPENAI_", "OPENAI_", "REDIS")
-OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_REDIS_MEMORY"}
+OTHERS = {"RELAY_PORTS", "RELAY_PUBLISH", "RELAY_URL", "RELAY_AUTHORIZATION", "RELAY_REDIS_MEMORY"}
 """Names of ours that are no settings: the command line and compose have them."""
 CLOSE = 0.85
 """So alike that the one is meant by the other; RELAY_SERVICE_HOST, which an orchestrator may put

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from relay.client import (
     FIRST_WAIT_SECONDS,
+    LONGEST_ASKED_SECONDS,
     LONGEST_WAIT_SECONDS,
     Client,
     Corrupt,
@@ -235,6 +238,30 @@ def test_a_watch_waits_while_the_server_is_away() -> None:
     assert len(requests) == 3
 
 
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_what_a_proxy_answers_while_servers_are_replaced_ends_nothing(status: int) -> None:
+    page = reply(status, b"<html>")
+    parts = (page, stream(STARTED, HEL), page, stream(LO, completed("1-3", "Hello")))
+    assert shown(watched(*parts)[0]) == "Hello"
+    with serving(page, reply(202, {"stream_id": ID})) as server, client(server) as relay:
+        assert relay.ask([]) == ID
+
+
+@pytest.mark.parametrize(("asked", "least"), [(b"7", 7), (b"3600", LONGEST_ASKED_SECONDS)])
+def test_who_is_asked_to_come_later_does_so_and_says_why_when_it_gives_up(
+    asked: bytes, least: float
+) -> None:
+    full = problem(503, "queue_full").replace(b"\r\n", b"\r\nretry-after: " + asked + b"\r\n", 1)
+    waits: list[float] = []
+    with (
+        serving(*[full] * 3) as server,
+        client(server, waits.append) as relay,
+        pytest.raises(Unreachable, match=f"^{server.url} answers 503: What to do.$"),
+    ):
+        relay.ask([])
+    assert waits == [least, least]
+
+
 def test_each_answer_gives_new_patience_though_there_is_no_event_in_it() -> None:
     """Something on the way may cut what is idle, for as long as a stream waits in the queue."""
     silent = [stream(), stream(RETRY), cut(HEARTBEAT), cut()]
@@ -273,12 +300,14 @@ def test_a_watch_gives_up_after_so_many_failures_in_a_row(replies: tuple[bytes, 
 REFUSALS = [
     (problem(410, "stream_gone"), "stream_gone", "What to do."),
     (problem(404, "stream_unknown"), "stream_unknown", "What to do."),
+    (reply(401, None), "denied", "answered 401: send the sign-in"),
+    (reply(403, b"<html>"), "denied", "answered 403: send the sign-in"),
     (reply(500, b"<html>"), "unexpected", "answered 500, and not as"),
     (reply(500, b"\xff"), "unexpected", "answered 500, and not as"),
-    (reply(502, {"detail": "no code"}), "unexpected", "answered 502, and not as"),
-    (reply(502, ["no", "object"]), "unexpected", "answered 502, and not as"),
-    (reply(502, "text"), "unexpected", "answered 502, and not as"),
-    (reply(502, None), "unexpected", "answered 502, and not as"),
+    (reply(500, {"detail": "no code"}), "unexpected", "answered 500, and not as"),
+    (reply(500, ["no", "object"]), "unexpected", "answered 500, and not as"),
+    (reply(500, "text"), "unexpected", "answered 500, and not as"),
+    (reply(500, None), "unexpected", "answered 500, and not as"),
 ]
 CALLS: list[Callable[[Client], object]] = [
     lambda relay: list(relay.watch(ID)),
@@ -292,7 +321,7 @@ CALLS: list[Callable[[Client], object]] = [
 @pytest.mark.parametrize(
     ("answer", "code", "message"),
     REFUSALS,
-    ids=["gone", "unknown", "html", "no text", "no code", "list", "string", "null"],
+    ids=lambda it: it if isinstance(it, str) else "",
 )
 def test_a_problem_is_a_refusal_and_not_asked_again(
     call: Callable[[Client], object], answer: bytes, code: str, message: str
@@ -385,7 +414,7 @@ def test_the_first_loss_in_a_row_is_told_at_once() -> None:
     with serving(AWAY, BROKEN, reply(202, {"stream_id": ID})) as server:
         with Client(server.url, sleep=lambda _: None, report=told.append) as client:
             client.ask([])
-        assert told == [f"{server.url} does not answer, trying again"]
+        assert told == [f"{server.url} answers 503, trying again"]
 
 
 def test_where_answers_bring_nothing_a_client_is_quiet_and_waits_as_it_is_asked_to() -> None:
@@ -400,6 +429,34 @@ def test_where_answers_bring_nothing_a_client_is_quiet_and_waits_as_it_is_asked_
         assert len(waits) == 5
         assert min(waits) >= 1.5
         assert len(told) == 2, "once before something came, and once after"
+
+
+def test_headers_for_what_stands_before_the_server_go_with_every_request() -> None:
+    replies = (reply(202, {"stream_id": ID}), stream(STARTED, HEL), stream(completed("1-2", "Hel")))
+    headers = {"authorization": "Bearer me"}
+    with (
+        serving(*replies) as server,
+        Client(server.url, headers=headers, sleep=lambda _: None) as client,
+    ):
+        list(client.watch(client.ask([])))
+    assert [request.headers["authorization"] for request in server.requests] == ["Bearer me"] * 3
+
+
+def test_the_command_line_sends_the_sign_in_that_its_environment_has() -> None:
+    with serving(reply(202, RUNNING)) as server:
+        variables = {"RELAY_URL": server.url, "RELAY_AUTHORIZATION": "Bearer me\n"}
+        assert CliRunner().invoke(app, ["cancel", ID], env=variables).exit_code == 0
+        assert server.requests[0].headers["authorization"] == "Bearer me"
+
+
+@pytest.mark.parametrize("answers", [(), (reply(500, None),)], ids=["away", "refused"])
+def test_a_password_in_the_url_stands_in_no_error(answers: tuple[bytes, ...]) -> None:
+    with serving(*answers) as server:
+        url = server.url.replace("http://", "http://me:secret@")
+        told = pytest.raises((Unreachable, Refused), match=server.url)
+        with Client(url, tries=1, sleep=lambda _: None) as client, told as error:
+            client.status(ID)
+    assert "secret" not in error.value.message
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def read(name: str) -> str:
 def test_every_setting_stands_in_the_readme_and_every_variable_there_is_a_setting() -> None:
     table = read("README.md").split("## Configuration")[1].split("\n## ")[0]
     named = set(re.findall(r"`((?:RELAY|AZURE|OPENAI|REDIS)_[A-Z_]+)`", table))
-    assert named - {"RELAY_URL"} == set(variables())
+    assert named - {"RELAY_URL", "RELAY_AUTHORIZATION"} == set(variables())
 
 
 def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:

@@ -503,7 +503,8 @@ def test_what_others_put_into_the_environment_is_taken_for_no_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ["RELAY_SERVICE_HOST", "RELAY_SERVICE_PORT", "RELAY_PORT_8000_TCP_ADDR", "RELAY_PORTS"]
-    names += ["RELAY_URL", "RELAY_REDIS_MEMORY", "OPENAI_ORG_ID", "OPENAI_API_TYPE", "OPENAI_LOG"]
+    names += ["RELAY_URL", "RELAY_AUTHORIZATION", "RELAY_REDIS_MEMORY"]
+    names += ["OPENAI_ORG_ID", "OPENAI_API_TYPE", "OPENAI_LOG"]
     for name in [*names, *variables()]:
         monkeypatch.setenv(name, "1")
     assert misspelt() == {}
