@@ -231,11 +231,13 @@ class Hub:
         told: dict[Feed, float] = {}
         while True:
             await asyncio.sleep(REASON_SECONDS)
+            # Who comes while that is asked may have come after it was so.
+            waiting = list(self._feeds.values())
             why = await self._reason_to_wait()
             now = time.monotonic()
             # Who comes later has a turn of its own, and is told at once.
             told = {feed: at for feed, at in told.items() if why and now - at < NOTICE_SECONDS}
-            for feed in self._feeds.values() if why else ():
+            for feed in waiting if why else ():
                 if feed not in told:
                     told[feed] = now
                     feed.notice(why)
@@ -244,12 +246,11 @@ class Hub:
         """Empty if there is none."""
         if self.redis_away:
             return REDIS_AWAY
-        if not self._feeds:
-            return b""
         try:
             silent = await self._log.silent_seconds() > ALIVE_SECONDS
         except RedisError:
             return REDIS_AWAY
+        self._listener.follow()
         return NO_WORKER if silent else b""
 
     # Hearing what is published.
@@ -286,8 +287,11 @@ class Hub:
         return None if channel == keys.CONTROL else self._feeds.get(keys.stream_of(channel))
 
     def _obey(self, order: str, stream_id: str) -> None:
-        if order != "erase":
-            return
+        if order == "erase":
+            self.forget(stream_id)
+
+    def forget(self, stream_id: str) -> None:
+        """It was erased: nobody is shown it here any more."""
         self._finished.drop(stream_id)
         feeds = {feed for feed in self._watched if feed.stream_id == stream_id}
         if current := self._feeds.get(stream_id):

@@ -54,6 +54,8 @@ class Parts:
     async def erase(self, stream_id: str) -> None:
         """As `Log.erase`, and the operator's log says that it was asked for."""
         await self.log.erase(stream_id)
+        # All others hear of it. Here nobody may see it when this has returned.
+        self.hub.forget(stream_id)
         logger.info("stream_erased", stream=stream_id)
 
 

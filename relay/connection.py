@@ -128,6 +128,8 @@ class Piped(Redis):
     _pipe: Pipe | None = None
     _opening: asyncio.Task[Pipe] | None = None
     reply_seconds = REPLY_SECONDS
+    refused = False
+    """As `was_refused` tells it."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Raises RedisError; TimeoutError among those if the answer takes too long."""
@@ -167,7 +169,16 @@ class Piped(Redis):
     def _keep(self, opening: asyncio.Task[Pipe]) -> None:
         self._opening = None
         if not opening.cancelled() and opening.exception() is None:
+            self.refused = self.refused or (self._pipe is not None and self._pipe.refused)
             self._pipe = opening.result()
+
+
+def was_refused(redis: Redis) -> bool:
+    """Whether a replica has refused this client a write since that was asked last; known when the
+    next connection stands."""
+    assert isinstance(redis, Piped)  # noqa: S101
+    refused, redis.refused = redis.refused, False
+    return refused
 
 
 _BLOCKING = frozenset({"BLPOP"})

@@ -8,7 +8,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from relay.connection import open_connection, reason
+from relay.connection import open_connection, reason, was_refused
 from relay.logs import get_logger
 from relay.pipe import Opened, Replies
 
@@ -84,6 +84,12 @@ class Listener:
         self._channels.discard(channel)
         if self._ear is not None:
             self._ear.send("UNSUBSCRIBE", channel)
+
+    def follow(self) -> None:
+        """To be called when Redis has taken a write. If a replica had refused one before, the
+        master is another now, and what is published there the replica may never say."""
+        if was_refused(self._redis) and self._ear is not None:
+            self._ear.close()
 
     async def run(self) -> None:
         """Listen until cancelled, across every loss of the connection."""

@@ -1,5 +1,6 @@
 """The log: what a stream's viewers see, in order, kept in Redis."""
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -313,12 +314,12 @@ class Log:
     async def silent_seconds(self) -> float:
         """How long no worker has given a sign of life, which each does twice a second; infinity if
         none ever did. Raises RedisError also where Redis answers but takes nothing in."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.time()
-            pipe.get(keys.SWEPT)
+        time, swept, _ = await asyncio.gather(
+            self._redis.time(),
+            self._redis.get(keys.SWEPT),
             # A replica still answers reads: only a write finds out that it is one.
-            pipe.delete(keys.PROBE)
-            time, swept, _ = await pipe.execute()
+            self._redis.delete(keys.PROBE),
+        )
         return _seconds_since(swept, time)
 
     async def remaining_ms(self, stream_id: str) -> int:

@@ -91,6 +91,8 @@ class Pipe(Replies):
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
         """Whether one was over its time when that was looked at last."""
+        self.refused = False
+        """Whether the other side is a replica, which takes no writes."""
         super().__init__(connection)
 
     def call(self, *command: EncodableT) -> asyncio.Future[Any]:
@@ -108,7 +110,9 @@ class Pipe(Replies):
     def take(self, reply: Any) -> None:
         answer, _ = self._calls.popleft()
         if isinstance(reply, ReadOnlyError):
-            self.close()  # It is the master no more; a new connection leads to the one that is.
+            # It is the master no more; a new connection leads to the one that is.
+            self.refused = True
+            self.close()
         if answer.done():
             return  # Nobody waits for it any more.
         if isinstance(reply, Exception):

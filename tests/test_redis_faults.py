@@ -13,8 +13,11 @@ import httpx2
 import pytest
 from redis.asyncio import Redis
 
+from chaos.proxy import Proxy
+from cli.processes import free_port
 from cli.redis_server import find_redis_server
 from emulator.app import Emulator
+from relay import keys
 from relay.connection import REPLY_SECONDS, connect
 from relay.ids import new_stream_id
 from relay.settings import Settings
@@ -183,6 +186,33 @@ async def test_while_redis_hangs_nobody_waits_to_be_told_that_it_does(
             assert (await http.request(method, path)).status_code == 503, path
         # Of one request it would be the time limit to Redis.
         assert time.monotonic() - begun < REPLY_SECONDS
+
+
+async def test_after_a_failover_everybody_hears_the_new_master_though_the_old_one_still_runs(
+    tmp_path: Path, emulator_url: str
+) -> None:
+    binary = find_redis_server(os.environ.get("RELAY_REDIS_SERVER"))
+    async with AsyncExitStack() as stack:
+        ports = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)
+        old, new = [
+            await stack.enter_async_context(
+                running_redis(binary, tmp_path / str(port), "--port", str(port))
+            )
+            for port in ports
+        ]
+        address = await stack.enter_async_context(Proxy(ports[0]))
+        settings = stack_settings(f"redis://127.0.0.1:{address.port}/0", emulator_url)
+        await stack.enter_async_context(running_api(settings))
+        await stack.enter_async_context(running_worker(settings))
+        redis = await stack.enter_async_context(connect(new.url))
+
+        async def everybody_listens() -> bool:
+            [(_, listening)] = await redis.pubsub_numsub(keys.CONTROL)
+            return bool(listening == 2)
+
+        async with read_only(old):
+            address.target = ports[1]
+            await until(everybody_listens)
 
 
 async def test_a_redis_that_comes_back_empty_is_told_to_viewers_and_serves_again(

@@ -14,6 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.chat_request import Asked, ChatRequest
 from api.hosts import is_loopback
+from api.hub import Hub
 from api.presence import REFRESH_SECONDS
 from api.responses_request import ResponsesRequest
 from api.ui_request import UIChatRequest
@@ -338,6 +339,19 @@ async def test_erased_means_erased(api: httpx2.AsyncClient, redis: Redis) -> Non
     assert code(await api.get(f"/streams/{stream_id}"), 410) == "stream_gone"
     assert code(await api.delete(f"/streams/{stream_id}"), 410) == "stream_gone"
     assert [key for key in await redis.keys("*") if key != b"relay:wake"] == []
+
+
+async def test_what_is_erased_is_shown_no_more_where_that_was_asked_though_nothing_is_heard_there(
+    api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(redis)
+    await writer.create()
+    await writer.begin()
+    await writer.finish()
+    assert (await api.get(f"/streams/{writer.stream_id}/events")).status_code == 200
+    monkeypatch.setattr(Hub, "_obey", lambda *_: None)
+    assert (await api.delete(f"/streams/{writer.stream_id}")).status_code == 204
+    assert (await api.get(f"/streams/{writer.stream_id}/events")).status_code == 410
 
 
 async def test_an_expired_stream_is_gone_and_not_empty(settings: Settings, redis: Redis) -> None:

@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 
 from relay import keys
 from relay.claim import Claim, Claims, emptied
-from relay.connection import connect, reason
+from relay.connection import REPLY_SECONDS, connect, reason
 from relay.descriptors import warn_when_scarce
 from relay.listener import Listener
 from relay.logs import get_logger
@@ -92,7 +92,7 @@ class ClaimingWorker(Worker):
         self._claims = claims
         self._redis = redis
         self._patient_redis = connect(
-            settings.redis_url, connections=1, reply_seconds=POLL_SECONDS + 5
+            settings.redis_url, connections=1, reply_seconds=POLL_SECONDS + REPLY_SECONDS
         )
         """For the one call that waits for a token, longer than any other may."""
         self._lease_seconds = settings.lease_seconds
@@ -260,6 +260,7 @@ class ClaimingWorker(Worker):
             for stream_id, ended, owner in released:
                 logger.warning("lease_lapsed", stream=stream_id, owner=owner, ended=ended or None)
             self._deliveries.wake()
+        self._listener.follow()
         while overdue := await self._claims.end_overdue():
             for stream_id in overdue:
                 logger.warning("queue_timeout", stream=stream_id)
