@@ -17,6 +17,7 @@ from api.line import EXTENSION, Line
 from api.parts import Parts
 from api.problems import RETRY_SECONDS
 from api.upgrade import NoUpgrade
+from relay.descriptors import room_for
 from relay.logs import get_logger
 from relay.settings import Settings
 
@@ -40,6 +41,8 @@ KEEPALIVE_SECONDS = 30
 """Of silence until the kernel asks whether the peer still lives, three times 10 s apart."""
 SEND_BYTES = 256 * 1024
 """Of what a peer does not take, the kernel would hold some 4 MB; Linux makes twice this of it."""
+SPARE_DESCRIPTORS = 96
+"""Beside one for each client: what the process has at its start, and the pool to Redis."""
 _BARE = b"connection: close\r\ncontent-length: 0\r\n\r\n"
 TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\n" + _BARE
 SENT_AWAY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: %d\r\n" % RETRY_SECONDS + _BARE
@@ -93,6 +96,12 @@ class Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        clients = len(self.connections)
+        if clients > room_for(clients, spare=SPARE_DESCRIPTORS):
+            # They would take the last one, too, and none be left to connect with Redis again.
+            logger.warning("descriptors_low", clients=clients)
+            transport.abort()
+            return
         with suppress(OSError):  # One that is gone again already may not take options.
             _bound(transport.get_extra_info("socket"), _parts(self.config).settings.write_seconds)
         self._expect_within(HEAD_SECONDS)

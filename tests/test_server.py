@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import resource
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from redis.asyncio import Redis
 
 import api.server
 from api.app import create_app
-from api.server import SEND_BYTES, Connection, Server, create_server
+from api.server import SEND_BYTES, SPARE_DESCRIPTORS, Connection, Server, create_server
 from cli.processes import free_port, module, module_env
 from cli.redis_server import RedisServer
 from relay import keys
@@ -976,6 +977,33 @@ async def test_that_descriptors_run_out_is_told_before_nobody_is_let_in_any_more
 ) -> None:
     async with api_process(redis_server) as (process, _):
         assert b"level=warning" in await warning_of_few_descriptors(process)
+
+
+@LINUX
+async def test_clients_are_turned_away_while_there_are_descriptors_left_for_redis(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with (
+        api_process(redis_server) as (process, port),
+        AsyncExitStack() as stack,
+        asyncio.timeout(20),
+    ):
+        stream_id = await ask(port)
+        most = SPARE_DESCRIPTORS + 3
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (most, most))
+        connections = [await stack.enter_async_context(connected(port)) for _ in range(40)]
+        let_in = []
+        for reader, writer in connections:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                writer.write(events(stream_id))
+                await reader.readuntil(b"queued")
+                let_in.append(reader)
+        assert len(let_in) == 3
+        # All of its connections to Redis, and new ones can be made.
+        await redis.client_kill_filter(skipme=True)
+        await make_log(redis).cancel(stream_id)
+        for reader in let_in:
+            await reader.readuntil(b"cancelled")
 
 
 async def answers(port: int, beginning: bytes) -> bool:
