@@ -15,7 +15,7 @@ from api.hub import Watching
 from api.long_response import HEADERS
 from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts, PartsOfApp, WhileResponding
-from api.problems import problem, redis_away, responses
+from api.problems import answer_to, native, problem, redis_away, responses
 from api.status import StreamStatus
 from api.viewer import NativeViewer, NotNow, Viewer
 from api.wires import multiplexed, sse, text
@@ -172,10 +172,8 @@ async def several(
     places = multiplexed.split(given, len(stream_ids))
     try:
         lanes = [await _lane(watching, *pair) for pair in zip(stream_ids, places, strict=True)]
-    except RedisError:
-        if _viewer_for(accept) is NativeViewer:
-            return NotNow(headers=HEADERS)
-        raise
+    except RedisError as error:
+        return _not_now(error, _viewer_for(accept))
     if all(lane.over for lane in lanes):
         return Response(status_code=204)
     if not any(places) and all(lane.feed.gone is not None for lane in lanes):
@@ -228,10 +226,8 @@ async def events(
     viewer = _viewer_for(accept)
     try:
         feed = await watching.feed(stream_id)
-    except RedisError:
-        if viewer is NativeViewer:
-            return NotNow(headers=HEADERS)
-        raise
+    except RedisError as error:
+        return _not_now(error, viewer)
     if feed.ended and cursor is not None and cursor == feed.top:
         return Response(status_code=204)
     viewer = viewer or NativeViewer
@@ -309,6 +305,12 @@ async def readyz(parts: PartsOfApp, request: Request) -> Response:
 
 
 _VIEWERS = {"application/json": None, sse.MEDIA_TYPE: NativeViewer, text.MEDIA_TYPE: TextViewer}
+
+
+def _not_now(error: RedisError, viewer: type[Viewer] | None) -> Response:
+    """Counted and logged like any refusal, also where it is none for the client's sake."""
+    refusal = answer_to(error, native())
+    return NotNow(headers=HEADERS) if viewer is NativeViewer else refusal
 
 
 def _viewer_for(accept: str) -> type[Viewer] | None:

@@ -264,16 +264,18 @@ async def test_viewers_are_told_that_redis_is_away_or_takes_nothing_in(
 
 
 async def test_an_event_source_that_comes_while_redis_is_away_comes_back(
-    server: RedisProcess, settings: Settings
+    server: RedisProcess, settings: Settings, said: list[Any]
 ) -> None:
-    """By a 503 it would be ended for good; others are told so by one."""
+    """By a 503 it would be ended for good; others are told so by one. The operator is by both."""
     async with running_api(settings) as http:
         stream_id = await ask(http, chunks=1)
         async with killed(server):
             for events in (f"/streams/{stream_id}/events", f"/streams/events?ids={stream_id}"):
+                told = events_of(said).count("redis_away")
                 status, body = await broken_off(http, events)
                 assert status == 200
                 assert b"\nretry: " in body
+                assert events_of(said).count("redis_away") == told + 1
                 assert (await http.get(events)).status_code == 503
 
 
