@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 from arq.jobs import serialize_job
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.typing import EncodableT
 
 from relay import keys
@@ -30,6 +31,7 @@ BIRTH = Event(Cursor(0, 1), QUEUED, b"{}")
 
 _PAGE = 2500
 """Entries in one reply: while Redis makes it, it does nothing else."""
+_SMALL_PAGE = 100
 _REPORTS = 500
 """Streams whose viewers are reported in one call, for the same reason."""
 ALIVE_SECONDS = 3.0
@@ -232,18 +234,31 @@ class Log:
         """All events strictly after a cursor. Raises StreamGone if there is no such log."""
         events: list[Event] = []
         start = "-" if after is None else f"({after}"
+        count = _PAGE
         while True:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.exists(keys.log(stream_id))
-                pipe.xrange(keys.log(stream_id), start, "+", count=_PAGE)
-                exists, page = await pipe.execute()
+            try:
+                exists, page = await self._page(stream_id, start, count)
+            except RedisTimeoutError:
+                if count <= _SMALL_PAGE:
+                    raise
+                # Entries may be large and the link slow: then it would come late each time.
+                count = _SMALL_PAGE
+                continue
             # An erase may come between the two.
             if not exists or (not page and start == "-"):
                 raise StreamGone(GONE)
             events += [_event(entry_id, fields) for entry_id, fields in page]
-            if len(page) < _PAGE:
+            if len(page) < count:
                 return events
             start = f"({events[-1].cursor}"
+
+    async def _page(self, stream_id: str, start: str, count: int) -> list[Any]:
+        """Whether there is such a log, and what of it stands from there on."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.exists(keys.log(stream_id))
+            pipe.xrange(keys.log(stream_id), start, "+", count=count)
+            answers: list[Any] = await pipe.execute()
+            return answers
 
     async def state(self, stream_id: str) -> State:
         """Raises StreamGone."""

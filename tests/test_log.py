@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from fakeredis import FakeAsyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from chaos.proxy import Proxy
+from cli.processes import free_port
 from cli.redis_server import RedisServer
 from relay import keys
 from relay.claim import Claim
@@ -42,6 +45,7 @@ from tests.conftest import (
     set_state,
 )
 from tests.listening import listening
+from tests.redis_process import running_redis
 
 SECRET = "a prompt that nobody else may see"
 REQUEST: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}]}
@@ -302,6 +306,29 @@ async def test_a_long_log_is_read_whole(
     assert [event.cursor for event in events[1:]] == [
         Cursor(claim.attempt, seq) for seq in range(count)
     ]
+
+
+class SlowLink(Proxy):
+    """64 KiB in 12 ms."""
+
+    async def _may_pass(self, link: Any) -> None:
+        await asyncio.sleep(0.012)
+
+
+async def test_a_log_that_takes_too_long_for_one_reply_is_read_whole_all_the_same(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    async with (
+        running_redis(redis_server.argv[0], tmp_path, "--port", str(port)) as server,
+        connect(server.url) as redis,
+        SlowLink(port) as link,
+        connect(f"redis://127.0.0.1:{link.port}/0", reply_seconds=0.3) as slow,
+    ):
+        claim = await claimed(redis)
+        for first in range(0, 2400, 100):
+            await append(make_log(redis), claim, first, [entry(TEXT, 1024 * "x")] * 100)
+        assert len(await make_log(slow).read(claim.stream_id)) == 1 + 2400
 
 
 async def test_what_is_published_is_what_stands_in_the_log(redis: Redis, log: Log) -> None:
