@@ -419,9 +419,9 @@ _REASONS = {
 
 def _outcome(batch: Batch, answer: list[Any]) -> Appended | StreamLost | ResponseError:
     verdict, next_seq, cancel = answer
-    stands = next_seq == batch.first + batch.length
-    repeated_closing = verdict == b"closed" and batch.ends and stands
-    if verdict == b"ok" or repeated_closing:
+    # Closed by this very owner, in a call whose answer was lost; what is repeated may be less.
+    stands = verdict == b"closed" and next_seq >= batch.first + batch.length
+    if verdict == b"ok" or stands:
         return Appended(next_seq, bool(cancel))
     if verdict in _REASONS:
         return StreamLost(_REASONS[verdict])

@@ -447,6 +447,15 @@ async def test_a_closed_log_never_grows(redis: Redis, log: Log, kind: str) -> No
     assert await log.read(claim.stream_id) == before
 
 
+@pytest.mark.parametrize("again", [BEGIN, [*BEGIN, *END]], ids=["a part", "all"])
+async def test_who_did_not_hear_that_its_end_stands_is_told_so_when_it_repeats_any_of_it(
+    redis: Redis, log: Log, again: list[Entry]
+) -> None:
+    claim = await claimed(redis)
+    await append(log, claim, 0, [*BEGIN, *END])
+    assert (await append(log, claim, 0, again)).next_seq == 4
+
+
 async def test_who_lost_the_stream_is_not_told_that_its_end_stands(redis: Redis, log: Log) -> None:
     claim = await claimed(redis)
     await append(log, claim, 0, BEGIN)
