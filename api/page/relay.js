@@ -39,7 +39,7 @@
  * @property {() => void} [onOpen] A connection stands.
  * @property {() => void} [onLost] It does not, or could not be made; it will be tried again.
  * @property {AbortSignal} [signal] Ends the watching; the answer itself goes on.
- * @property {Record<string, string>} [headers] Of every request.
+ * @property {HeadersInit} [headers] Of every request.
  * @property {number} [tries] Give up after so many connections in a row that brought no event.
  * @property {number} [silenceMs] A connection that is silent for longer is dead.
  * @property {typeof globalThis.fetch} [fetch]
@@ -222,8 +222,10 @@ async function* connection(url, cursor, options, tell) {
   const { headers, signal, silenceMs = SILENCE_MS, fetch = globalThis.fetch } = options;
   const pulse = new Pulse(silenceMs, signal);
   try {
-    const resume = cursor && { "last-event-id": cursor };
-    const request = { ...headers, accept: "text/event-stream", ...resume };
+    // In a plain object a `Last-Event-ID` of the caller's would stand beside ours, and both be sent.
+    const request = new Headers(headers);
+    request.set("accept", "text/event-stream");
+    if (cursor) request.set("last-event-id", cursor);
     const response = await orNull(
       fetch(url, { headers: request, cache: "no-store", signal: pulse.signal }),
     );

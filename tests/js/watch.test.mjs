@@ -164,6 +164,13 @@ test("an answer whose beginning the caller has is not judged by what is missing 
     assert.equal(asked.length, 1);
   }));
 
+test("a cursor of the caller gives way to a newer one, however its header is written", () =>
+  serving([RETRY + chunk("1-2", "lo"), completed("1-3", "Hello", 2)], async (url, asked) => {
+    await watched(url, { headers: { "Last-Event-ID": "1-1", Accept: "*/*" } });
+    assert.deepEqual(resumes(asked), ["1-1", "1-2"]);
+    assert.equal(asked[1].accept, "text/event-stream");
+  }));
+
 for (const status of [404, 410]) {
   test(`${status} means gone, with what the problem says`, () => {
     const refuse = (response) => response.writeHead(status, { "content-type": "application/json" })
