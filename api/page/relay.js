@@ -71,7 +71,8 @@ export class Unreachable extends Error {
  * @param {string | URL} url Of the events: `/streams/ID/events`.
  * @param {Options} [options]
  * @returns {Promise<Outcome & Record<string, any>>} What `onDone` was told. Rejects with the reason
- *   of `signal`, with Refused, with Unreachable, or with what a callback threw.
+ *   of `signal`, with Refused, with Unreachable, with TypeError where no request can have the URL
+ *   or the headers, or with what a callback threw.
  */
 export async function watch(url, options = {}) {
   const { signal, tries = Infinity } = options;
@@ -229,7 +230,11 @@ async function* connection(url, cursor, options, tell) {
     const response = await orNull(
       fetch(url, { headers: request, cache: "no-store", signal: pulse.signal }),
     );
-    if (!response) return;
+    if (!response) {
+      // No try mends a URL that no request can have. A fetch of the caller's may take it, though.
+      if (!options.fetch) new Request(url);
+      return;
+    }
     if (!isStream(response)) {
       const outcome = await verdict(response);
       if (outcome) yield { kind: "outcome", outcome };

@@ -275,6 +275,22 @@ for (const [when, answer, callback] of [
     }));
 }
 
+for (const [what, url, headers] of [
+  ["URL", "/streams/x/events"], // Relative to nothing, in Node.
+  ["header", "http://127.0.0.1/", { authorization: "Bearer x\ny" }],
+]) {
+  test(`a ${what} that no request can have is not tried again`, () =>
+    assert.rejects(watch(url, { headers, onLost: () => { throw new Error("again"); } }), TypeError));
+}
+
+test("a fetch of the caller's may take a URL that no request can have, and lose it", () =>
+  serving([whole()], async (url) => {
+    let lost = 0;
+    const mine = (path, init) => (lost ? fetch(new URL(path, url), init) : Promise.reject(new TypeError()));
+    const { text } = await watched("events", { fetch: mine, onLost: () => (lost += 1) });
+    assert.deepEqual([text, lost], ["Hello", 1]);
+  }));
+
 test("nothing is asked after its signal", () =>
   serving([whole()], async (url, asked) => {
     await assert.rejects(watch(url, { signal: AbortSignal.abort(new Error("enough")) }), /enough/);
