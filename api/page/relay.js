@@ -49,6 +49,7 @@ const SILENCE_MS = 45_000; // Three heartbeats of the server.
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 5000;
 const SHORTEST_WAIT_MS = 100; // A `retry: 0` must not become a storm.
+const LONGEST_TIMER_MS = 2 ** 31 - 1; // A longer one, such as Infinity, goes off at once.
 const ENDINGS = new Set(["completed", "failed", "cancelled"]);
 
 /** The server said no, and coming back would not mend it. */
@@ -131,7 +132,7 @@ function sleep(ms, signal) {
     const timer = setTimeout(() => {
       signal?.removeEventListener("abort", stop);
       resolve();
-    }, ms);
+    }, Math.min(ms, LONGEST_TIMER_MS));
     signal?.addEventListener("abort", stop, { once: true });
   });
 }
@@ -297,7 +298,7 @@ class Pulse {
 
   beat() {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(this.end, this.silenceMs);
+    this.#timer = setTimeout(this.end, Math.min(this.silenceMs, LONGEST_TIMER_MS));
   }
 
   end = () => {

@@ -256,6 +256,18 @@ test("a silent connection is dead, one with comments lives", async () => {
   });
 });
 
+for (const [what, answer, silenceMs] of [
+  ["a silence", stay(RETRY + started()), Infinity],
+  ["a wait to come back", "retry: 9999999999\n\n" + started(), 1000],
+]) {
+  test(`${what} may be longer than any timer`, () =>
+    serving([answer, whole()], async (url, asked) => {
+      const signal = AbortSignal.timeout(300);
+      await assert.rejects(watched(url, { signal, silenceMs }), { name: "TimeoutError" });
+      assert.equal(asked.length, 1);
+    }));
+}
+
 test("a server that never answers is silent, too", () =>
   serving([RETRY, () => {}, whole()], async (url) =>
     assert.equal((await watched(url, { silenceMs: 100 })).text, "Hello")));
