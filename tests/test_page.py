@@ -265,6 +265,19 @@ async def test_a_question_that_cannot_be_sent_stays_in_its_field(
     await expect(page.get_by_role("alert")).to_be_empty()
 
 
+async def test_a_sign_in_in_front_is_asked_for_and_no_other_try(
+    stack: httpx2.AsyncClient, page: Page
+) -> None:
+    await page.route("**/chat", lambda route: route.fulfill(status=401, body="<html>"))
+    await page.route("**/events", lambda route: route.fulfill(status=401, body="<html>"))
+    told = "The server answered 401: sign in, then reload."
+    await page.goto(address(stack, await ask(stack)))
+    await expect(status_on(page)).to_have_text(told)
+    await type_question(page, "Is anybody there?")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert")).to_have_text(told)
+
+
 async def test_a_question_typed_before_the_page_is_whole_is_not_lost(
     stack: httpx2.AsyncClient, page: Page
 ) -> None:

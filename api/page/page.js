@@ -1,7 +1,7 @@
 // One page, one answer. The stream's id stands in the address, so a reload or a second window
 // watches the same stream; the log on the server is the only memory.
 
-import { Refused, watch } from "./relay.js";
+import { Refused, inWords, watch } from "./relay.js";
 
 const ENDINGS = {
   stop: "Complete.",
@@ -161,5 +161,5 @@ async function call(method, path, body) {
   // A proxy in between answers with no problem of ours, and perhaps with no JSON.
   const value = await response.json().catch(() => ({}));
   if (response.ok) return value;
-  throw new Error(value.detail ?? `The server answered ${response.status}: try again.`);
+  throw new Error(value.detail ?? inWords(response.status));
 }

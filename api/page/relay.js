@@ -273,9 +273,16 @@ async function verdict(response) {
   if (status === 204) return { kind: "ended" };
   if (status === 200 || status === 408 || status === 429 || status >= 500) return null;
   const problem = await response.json().catch(() => ({}));
-  const message = problem.detail ?? `The server answered ${status}: try again.`;
+  const message = problem.detail ?? inWords(status);
   if (status === 404 || status === 410) return { kind: "gone", code: problem.code, message };
   throw new Refused(status, message);
+}
+
+/** What to tell people where no problem of ours does, as when a proxy in between answers.
+ * @param {number} status */
+export function inWords(status) {
+  const mend = status === 401 || status === 403 ? "sign in, then reload" : "try again";
+  return `The server answered ${status}: ${mend}.`;
 }
 
 /** Aborts when there was no beat for too long, or when the caller's signal does. */

@@ -191,11 +191,16 @@ test("a failure without an id means gone, one with an id failed", async () => {
     assert.deepEqual((await watched(url)).outcome, { kind: "failed", ...told }));
 });
 
-test("a refusal is thrown, not tried again", () =>
-  serving([401], async (url, asked) => {
-    await assert.rejects(watched(url), (error) => error instanceof Refused && error.status === 401);
-    assert.equal(asked.length, 1);
-  }));
+for (const [status, mend] of [
+  [400, "try again"], [401, "sign in, then reload"], [403, "sign in, then reload"],
+]) {
+  test(`a refusal by ${status} is thrown, not tried again, and says what would mend it`, () =>
+    serving([status], async (url, asked) => {
+      const refused = new Refused(status, `The server answered ${status}: ${mend}.`);
+      await assert.rejects(watched(url), refused);
+      assert.equal(asked.length, 1);
+    }));
+}
 
 test("what passes by itself, a page of a proxy and a dead connection are tried again", () => {
   const page = (response) => response.writeHead(200, { "content-type": "text/html" }).end("data: <p>\n\n");
