@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import shutil
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,10 +16,16 @@ import pytest
 from chaos.proxy import Proxy
 from emulator.app import Emulator
 from relay.settings import Settings
-from tests.conftest import ask, changed, running_api, running_worker
+from tests.conftest import ROOT, ask, changed, running_api, running_worker
 from worker.claiming import ClaimingWorker
 
 JS = Path(__file__).parent / "js"
+AROUND_THE_GUIDE = """
+const answer = { textContent: "" };
+const note = { textContent: "" };
+const controller = new AbortController();
+process.on("exit", () => console.log(JSON.stringify([answer.textContent, note.textContent])));
+"""
 SLOW = {"chunks": 100, "delay_ms": 40}
 """Four seconds: time enough to do something in the middle."""
 SLOW_TEXT = "".join(f"{number} " for number in range(100))
@@ -123,6 +129,35 @@ async def test_the_promises_that_need_no_stack_hold(
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
     assert b"\n# pass 0\n" not in output
+
+
+@pytest.mark.parametrize(
+    ("stream_id", "then", "shown"),
+    [
+        (None, "", ["Hello", ""]),
+        (None, "controller.abort();", ["", ""]),
+        ("x", "", ["", "There is no stream with this id: check it."]),
+        # A path that refuses to be watched.
+        ("x/cancel?", "", ["", "See /docs for the methods of this path."]),
+    ],
+)
+async def test_the_javascript_of_the_guide_shows_the_answer_or_why_there_is_none(
+    stack: httpx2.AsyncClient, node: str, stream_id: str | None, then: str, shown: list[str]
+) -> None:
+    guide = (ROOT / "docs" / "integrate.md").read_text()
+    code = guide.split("```js\n")[1].split("```")[0]
+    code = code.replace("http://127.0.0.1:8000/relay.js", (JS / "relay.mjs").as_uri())
+    code = code.replace("http://127.0.0.1:8000", str(stack.base_url.join("/"))[:-1])
+    code = code.replace("${id}", stream_id or await ask(stack, text=["Hel", "lo"]))
+    process = await asyncio.create_subprocess_exec(
+        *(node, "--input-type=module", "--eval", AROUND_THE_GUIDE + code + then),
+        env=environment(stack),
+        stdout=PIPE,
+        stderr=STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert json.loads(output) == shown
 
 
 async def test_a_whole_answer_is_told_piece_by_piece(stack: httpx2.AsyncClient, node: str) -> None:
