@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { once } from "node:events";
+import { getEventListeners, once } from "node:events";
 import { createServer } from "node:http";
 import { test } from "node:test";
 
@@ -85,6 +85,14 @@ test("headers of the caller go with every request", () =>
   serving([RETRY + started(), whole()], async (url, asked) => {
     await watched(url, { headers: { authorization: "Bearer x" } });
     assert.deepEqual(asked.map(({ authorization }) => authorization), ["Bearer x", "Bearer x"]);
+  }));
+
+test("no request may be answered out of a cache", () =>
+  serving([RETRY + started(), whole()], async (url) => {
+    const caches = [];
+    const mine = (path, init) => { caches.push(init.cache); return fetch(path, init); };
+    await watched(url, { fetch: mine });
+    assert.deepEqual(caches, ["no-store", "no-store"]);
   }));
 
 test("a response that just ends is resumed strictly after its last event", () =>
@@ -306,6 +314,15 @@ test("a fetch of the caller's may take a URL that no request can have, and lose 
     const mine = (path, init) => (lost ? fetch(new URL(path, url), init) : Promise.reject(new TypeError()));
     const { text } = await watched("events", { fetch: mine, onLost: () => (lost += 1) });
     assert.deepEqual([text, lost], ["Hello", 1]);
+  }));
+
+test("however often it comes back, it leaves nothing behind on its signal", () =>
+  serving([RETRY, started(), 503, whole()], async (url) => {
+    const { signal } = new AbortController();
+    const left = [];
+    const onLost = () => left.push(getEventListeners(signal, "abort").length);
+    await watched(url, { signal, onLost });
+    assert.deepEqual([...left, getEventListeners(signal, "abort").length], [0, 0, 0, 0]);
   }));
 
 test("nothing is asked after its signal", () =>
