@@ -776,6 +776,20 @@ async def test_the_page_is_served(api: httpx2.AsyncClient) -> None:
     assert (await api.get("/page.js")).headers["content-type"].startswith("text/javascript")
 
 
+@pytest.mark.parametrize("path", ["/", "/page.js", "/relay.js", "/page.css"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_file_of_the_page_that_is_there_already_is_not_sent_again(
+    api: httpx2.AsyncClient, path: str, method: str
+) -> None:
+    first = await api.request(method, path)
+    kept = first.headers["etag"]
+    again = await api.request(method, path, headers={"if-none-match": kept})
+    assert (again.status_code, again.content) == (304, b"")
+    assert (again.headers["etag"], again.headers["cache-control"]) == (kept, "no-cache")
+    other = await api.request(method, path, headers={"if-none-match": '"other"'})
+    assert (other.status_code, other.content) == (200, first.content)
+
+
 async def viewers(api: httpx2.AsyncClient, stream_id: str) -> int:
     return int((await api.get(f"/streams/{stream_id}")).json()["viewers"])
 
