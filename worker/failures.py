@@ -112,10 +112,11 @@ def _classified(status: int, code: str, param: str) -> tuple[str, str, bool]:
             message = "The model service's quota is used up: tell this server's operator."
         return "upstream_rate_limited", message, not used_up
     if status in {401, 403}:
-        message = "The model service refused this server's key: tell its operator."
-        return "upstream_denied", message, False
+        check = "the operator must check its key, endpoint and role"
+        return "upstream_denied", f"The model service does not let this server in: {check}.", False
     if status == 404 or 300 <= status < 400:
-        message = "The model service does not know this server's deployment: tell its operator."
+        check = "the operator must check its name, the endpoint and the API version"
+        message = f"The model service does not know this server's deployment: {check}."
         return "upstream_missing", message, False
     if status in {408, 409} or status >= 500:
         return "upstream_unavailable", "The model service is not available: ask again.", True
