@@ -15,6 +15,7 @@ import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, RedisError
@@ -88,7 +89,7 @@ class RedisServer:
         # Not in the data folder: the path of a unix socket is limited to about 108 bytes.
         self._folder = tempfile.mkdtemp(prefix="relay-")
         self.socket = f"{self._folder}/redis.sock"
-        self.url = f"unix://{self.socket}?db=0"
+        self.url = f"unix://{quote(self.socket)}?db=0"
         options = OPTIONS | {
             "unixsocket": self.socket,
             "dir": str(self.data),

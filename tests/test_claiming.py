@@ -331,9 +331,9 @@ async def test_what_no_worker_takes_in_time_fails(
 async def test_a_lease_that_is_renewed_does_not_lapse(
     redis: Redis, log: Log, settings: Settings, emulator: Emulator
 ) -> None:
-    short = changed(settings, lease_seconds=0.3)
+    short = changed(settings, lease_seconds=1.0)
     async with running_worker(short), running_worker(short):
-        stream_id = await create(log, chunks=10, delay_ms=100)
+        stream_id = await create(log, chunks=20, delay_ms=100)
         events = await whole(redis, log, stream_id)
     assert kinds(events) == ["queued", "started", "completed"]
     assert emulator.total == 1

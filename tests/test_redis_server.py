@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,6 +85,16 @@ async def test_it_answers_on_a_socket_of_its_own_and_on_no_port(
         assert (await redis.config_get("port"))["port"] == "0"
         assert (await redis.config_get("appendonly"))["appendonly"] == "yes"
         assert (await redis.config_get("save"))["save"] == ""
+
+
+async def test_the_folder_of_temporary_files_may_have_any_name(
+    binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A short one: the path of a unix socket is limited.
+    with tempfile.TemporaryDirectory(prefix="a b%41") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        async with running_redis(binary, tmp_path) as server, connect(server) as redis:
+            assert await redis.ping()
 
 
 async def test_what_was_written_is_there_after_stop_and_a_new_start(
