@@ -109,14 +109,15 @@ def test_every_file_of_a_room_stands_in_the_architecture_and_nothing_else(room: 
 OF_THE_IMAGE = {"RELAY_HOST", "RELAY_PORT", "RELAY_LOG_FORMAT"}
 KEYS = {"AZURE_OPENAI_KEY", "AZURE_OPENAI_API_KEY", "OPENAI_API_KEY"}
 OF_ENTRA = {"AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"}
+OF_A_PROXY = {"HTTPS_PROXY", "NO_PROXY"}
 OF_RELAY_UP = {"RELAY_WORKERS", "RELAY_DATA", "RELAY_REDIS_SERVER"}
 
 
 def test_compose_passes_every_setting_on_that_its_containers_can_use() -> None:
     services = yaml.safe_load(read("docker-compose.yml"))["services"]
     of_api, of_worker = (set(services[name]["environment"]) for name in ("api", "worker"))
-    assert of_worker - OF_ENTRA == set(variables()) - OF_THE_IMAGE - OF_RELAY_UP
-    assert of_worker - of_api == KEYS | OF_ENTRA
+    assert of_worker - OF_ENTRA - OF_A_PROXY == set(variables()) - OF_THE_IMAGE - OF_RELAY_UP
+    assert of_worker - of_api == KEYS | OF_ENTRA | OF_A_PROXY
 
 
 def test_the_example_names_only_settings_that_exist() -> None:
