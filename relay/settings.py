@@ -57,7 +57,7 @@ class UpstreamSettings(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kind: Literal["azure", "openai"]
-    base_url: str | None
+    base_url: str
     api_key: SecretStr | None = None
     model: str
     api_version: str | None = None
@@ -282,11 +282,12 @@ class Settings(BaseSettings):
         )
 
     def _openai(self) -> UpstreamSettings:
-        if self.openai_base_url is not None:
-            _url("OPENAI_BASE_URL", self.openai_base_url, "https://HOST/v1")
+        # Said in any case: the SDK would look into the environment itself, and take one that is
+        # set to nothing for the URL.
+        url = self.openai_base_url or "https://api.openai.com/v1"
         return UpstreamSettings(
             kind="openai",
-            base_url=self.openai_base_url,
+            base_url=_url("OPENAI_BASE_URL", url, "https://HOST/v1"),
             api_key=self.openai_key,
             model=_required("OPENAI_MODEL", self.openai_model),
         )

@@ -90,7 +90,12 @@ CONFIGURED: list[tuple[dict[str, str], UpstreamSettings]] = [
         AZURE | {"AZURE_OPENAI_ENDPOINT": v1("/openai/v1"), "AZURE_OPENAI_ENTRA": "1"},
         upstream(kind="openai", base_url=v1("/openai/v1"), entra_scope=SCOPE),
     ),
-    (OPENAI, upstream(kind="openai", base_url=None, api_key=SecretStr("openai-secret"))),
+    (
+        OPENAI,
+        upstream(
+            kind="openai", base_url="https://api.openai.com/v1", api_key=SecretStr("openai-secret")
+        ),
+    ),
     (
         OPENAI | {"OPENAI_BASE_URL": "http://localhost:11434/v1"},
         upstream(

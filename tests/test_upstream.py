@@ -197,6 +197,16 @@ async def test_all_three_paths_lead_to_an_answer(emulator: Emulator, emulator_ur
     ]
 
 
+@pytest.mark.parametrize("value", [None, "", " "])
+async def test_a_base_url_that_is_set_to_nothing_leads_to_openai_like_one_that_is_not_set(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is not None:
+        monkeypatch.setenv("OPENAI_BASE_URL", value)
+    async with opened(openai_key="key", openai_model="gpt") as upstream:
+        assert upstream._endpoint._url == "https://api.openai.com/v1/chat/completions"
+
+
 async def test_a_stored_request_cannot_choose_where_the_call_goes(
     emulator: Emulator, emulator_url: str
 ) -> None:

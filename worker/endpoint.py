@@ -37,7 +37,7 @@ class Endpoint:
     def __init__(self, upstream: UpstreamSettings, settings: Settings) -> None:
         """Raises ConfigurationError if an extra is missing, or a proxy is none of HTTP's."""
         own = None
-        if not _is_proxied(upstream.base_url or "https://"):
+        if not _is_proxied(upstream.base_url):
             own = Http1(connect_seconds=CONNECT_SECONDS, idle_seconds=IDLE_SECONDS)
         self._client = _client(own, settings)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
@@ -106,7 +106,7 @@ def _sdk(
     key = upstream.api_key.get_secret_value() if upstream.api_key else None
     if upstream.kind == "azure":
         return AsyncAzureOpenAI(
-            azure_endpoint=upstream.base_url or "",
+            azure_endpoint=upstream.base_url,
             azure_deployment=upstream.model,
             api_version=upstream.api_version,
             api_key=key,
