@@ -6,6 +6,7 @@ import gzip
 import socket
 import ssl
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ import trustme
 import uvloop
 
 from tests.conftest import until
-from tests.listening import listening
+from tests.listening import listening, silent
+from tests.receiver import Names
 from worker.http1 import Http1, _Connection, pour
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -527,13 +529,62 @@ async def test_a_connection_that_nobody_takes_is_a_connect_timeout(
             await http.post("/")
 
 
-async def test_tls_is_checked_for_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("each", "all_"), [(0.05, 60.0), (60.0, 0.5)])
+async def test_an_address_that_does_not_answer_leaves_time_for_those_behind_it(
+    each: float, all_: float, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.http1.ADDRESS_SECONDS", each)
+    names["model.test"] = ["127.0.0.4", "127.0.0.3", "127.0.0.1"]
+    async with (
+        asyncio.timeout(5),
+        serving(answering(OK + b"content-length: 2\r\n\r\nok")) as server,
+        client(server, connect_seconds=all_) as http,
+    ):
+        # Nobody is at the first one, and the second one says nothing.
+        with silent("127.0.0.3", server.port):
+            assert (await http.post(f"http://model.test:{server.port}/")).text == "ok"
+
+
+async def test_an_only_address_has_all_the_time_there_is(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.http1.ADDRESS_SECONDS", 0.0)
+    names["model.test"] = ["127.0.0.1"]
+    async with (
+        serving(answering(OK + b"content-length: 2\r\n\r\nok")) as server,
+        client(server) as http,
+    ):
+        assert (await http.post(f"http://model.test:{server.port}/")).text == "ok"
+
+
+async def test_a_name_that_is_not_answered_is_a_connect_timeout(names: Names) -> None:
+    answered = threading.Event()
+
+    def stall() -> list[str]:
+        answered.wait()
+        return []
+
+    names["model.test"] = stall
+    try:
+        async with client(Server(), connect_seconds=0.01) as http:
+            for _ in range(3):
+                with pytest.raises(httpx2.ConnectTimeout):
+                    await http.post("http://model.test/")
+    finally:
+        answered.set()
+    assert names.lookups == ["model.test"]
+
+
+async def test_tls_is_checked_for_the_name(
+    tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     another = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(ours)
     authority.issue_cert("elsewhere.test").configure_cert(another)
+    names["elsewhere.test"] = ["127.0.0.1"]
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     answer = answering(OK + b"content-length: 2\r\n\r\nok")
     async with serving(answer, ours) as server, client(server) as http:
@@ -544,3 +595,4 @@ async def test_tls_is_checked_for_the_name(tmp_path: Path, monkeypatch: pytest.M
     async with serving(answer, another) as server, client(server) as http:
         with pytest.raises(httpx2.ConnectError, match="certificate"):
             await http.post(f"https://127.0.0.1:{server.port}/")
+        assert (await http.post(f"https://elsewhere.test:{server.port}/")).text == "ok"

@@ -9,14 +9,19 @@ import asyncio
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import httptools
 import httpx2
+
+from worker.lookup import Lookups
 
 Origin = tuple[str, str, int]
 """Scheme, host, port."""
 Into = Callable[[bytes], None]
 """Takes a piece of a body."""
+ADDRESS_SECONDS = 3.0
+"""To connect to one address of a name that has more of them, at most."""
 _PORTS = {"http": 80, "https": 443}
 _POUR = "pour"
 _HEAD_BYTES = 64 * 1024
@@ -47,6 +52,7 @@ class Http1(httpx2.AsyncBaseTransport):
         self._idle_seconds = idle_seconds
         self._idle: defaultdict[Origin, list[_Connection]] = defaultdict(list)
         self._ssl: ssl.SSLContext | None = None
+        self._lookups = Lookups()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
@@ -93,20 +99,31 @@ class Http1(httpx2.AsyncBaseTransport):
         return None
 
     async def _connect(self, origin: Origin) -> "_Connection":
-        scheme, host, port = origin
+        scheme, host, _ = origin
         if scheme == "https" and self._ssl is None:
             self._ssl = httpx2.create_ssl_context()
-        context = self._ssl if scheme == "https" else None
-        idle = self._idle[origin]
         try:
             async with asyncio.timeout(self._connect_seconds):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(idle), host, port, ssl=context
-                )
+                *others, last = await self._lookups.addresses(host)
+                # One that does not answer, by a broken route, must leave time for all behind it.
+                seconds = min(ADDRESS_SECONDS, self._connect_seconds / (len(others) + 1))
+                for address in others:
+                    with suppress(OSError):
+                        async with asyncio.timeout(seconds):
+                            return await self._connect_to(address, origin)
+                return await self._connect_to(last, origin)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout("nobody took the connection") from error
         except OSError as error:
             raise httpx2.ConnectError(str(error)) from error
+
+    async def _connect_to(self, address: str, origin: Origin) -> "_Connection":
+        scheme, host, port = origin
+        context, name = (self._ssl, host) if scheme == "https" else (None, None)
+        idle = self._idle[origin]
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(idle), address, port, ssl=context, server_hostname=name
+        )
         return connection
 
 

@@ -43,7 +43,7 @@ class Post:
         """`private` addresses are allowed; `most`: so many at a time."""
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=httpcore2.default_ssl_context(),
-            network_backend=PublicNetwork(private=private, lookups=most),
+            network_backend=PublicNetwork(private=private),
             max_connections=most,
         )
 

@@ -1,13 +1,11 @@
 """The network as webhooks see it: public addresses alone, and those very ones that were checked."""
 
-import asyncio
-import socket
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import httpcore2
+
+from worker.lookup import Lookups
 
 _NAT64 = ip_network("64:ff9b::/96")
 _UNICAST = ip_network("2000::/3")
@@ -27,13 +25,11 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
     could give another answer. What stands above it goes on by the name: Host, SNI, certificate.
     """
 
-    def __init__(self, *, private: bool, lookups: int) -> None:
-        """`private`: every address is taken for public. `lookups`: how many at a time."""
+    def __init__(self, *, private: bool) -> None:
+        """`private`: every address is taken for public."""
         self._private = private
         self._network = httpcore2.AnyIOBackend()
-        # The event loop has few threads for lookups, and the upstream needs them: names that are
-        # not answered must not stand in its way.
-        self._threads = ThreadPoolExecutor(lookups, thread_name_prefix="lookup")
+        self._lookups = Lookups()
 
     async def connect_tcp(
         self,
@@ -46,7 +42,7 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
         """`timeout` is for one address of the name, then the next is tried. Raises NotPublic;
         ConnectError or ConnectTimeout if none lets itself be reached."""
         failure: Exception = NotPublic(host)
-        for address in await self._addresses(host, port):
+        for address in await self._addresses(host):
             try:
                 return await self._network.connect_tcp(
                     address, port, timeout, local_address, socket_options
@@ -58,13 +54,11 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
         finally:
             del failure  # With this frame it would be in a cycle.
 
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    async def _addresses(self, host: str) -> list[str]:
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+            addresses = await self._lookups.addresses(host)
         except OSError as error:
             raise httpcore2.ConnectError(str(error)) from error
-        addresses = [str(address[0]) for *_, address in found]
         if not (self._private or all(map(is_public, addresses))):
             raise NotPublic(host)
         return addresses
