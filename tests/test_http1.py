@@ -575,6 +575,24 @@ async def test_a_name_that_is_not_answered_is_a_connect_timeout(names: Names) ->
     assert names.lookups == ["model.test"]
 
 
+async def test_a_host_that_is_not_ascii_has_one_name_for_resolver_tls_and_server(
+    tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an older standard, which Python's own lookup has, faß.de is fass.de."""
+    name = "xn--fa-hia.de"
+    names[name] = ["127.0.0.1"]
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    answer = answering(OK + b"content-length: 2\r\n\r\nok")
+    async with serving(answer, context) as server, client(server) as http:
+        assert (await http.post(f"https://faß.de:{server.port}/")).text == "ok"
+        assert f"Host: {name}:{server.port}".encode() in server.asked[0]
+    assert names.lookups == [name]
+
+
 async def test_tls_is_checked_for_the_name(
     tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,9 @@ class Http1(httpx2.AsyncBaseTransport):
         url = request.url
         if url.scheme not in _PORTS:
             raise httpx2.UnsupportedProtocol(f"it goes to {url.scheme}")  # By a redirect.
-        origin = (url.scheme, url.host, url.port or _PORTS[url.scheme])
+        # As the Host header has it: of url.host, where it is not ASCII, a lookup may make another.
+        host = url.raw_host.decode("ascii")
+        origin = (url.scheme, host, url.port or _PORTS[url.scheme])
         kept = self._of_idle(origin)
         connection = kept or await self._connect(origin)
         exchange = connection.ask(_head(request) + await request.aread())
