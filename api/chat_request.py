@@ -97,12 +97,14 @@ class Asked(BaseModel):
     store: bool | None = None
 
     def to_stored(self, *also: object, webhook: str = "") -> tuple[JsonObject, str]:
-        """What the model is to see: what the caller said and nothing that it left out; and a digest
-        that is equal for equal bodies, in which `also` and a webhook count. Raises BadRequest for
-        what JSON cannot carry further."""
+        """What the model is to see: what the caller said and nothing that it left out, or gave as
+        null, which would switch off the server's default; and a digest that is equal for equal
+        bodies, in which `also` and a webhook count. Raises BadRequest for what JSON cannot carry
+        further."""
         told = [{"webhook": webhook}] if webhook else []
         try:
-            stored = self.model_dump(exclude_unset=True, include=set(Asked.model_fields))
+            given = self.model_dump(exclude_unset=True, include=set(Asked.model_fields))
+            stored = {name: value for name, value in given.items() if value is not None}
             text = json.dumps([stored, *also, *told], sort_keys=True, allow_nan=False)
         except (ValueError, RecursionError):
             raise BadRequest(

@@ -249,6 +249,20 @@ async def test_the_same_key_and_body_lead_to_the_same_stream(api: httpx2.AsyncCl
     assert code(await api.post("/chat", json=asking(), headers=headers), 422) == "invalid_request"
 
 
+async def test_a_field_that_is_null_is_one_that_was_left_out(
+    api: httpx2.AsyncClient, redis: Redis
+) -> None:
+    called: Any = {"role": "assistant", "content": None, "tool_calls": []}
+    body = {"messages": [*asking()["messages"], called]}
+    nulls = dict.fromkeys(Asked.model_fields)
+    headers = {"idempotency-key": "k"}
+    answers = [await api.post("/chat", json=each, headers=headers) for each in (body, nulls | body)]
+    assert len({answer.json()["stream_id"] for answer in answers}) == 1
+    await api.post("/chat", json=nulls | body)
+    for claim in await make_claims(redis).claim(2):
+        assert json.loads(claim.request) == body
+
+
 async def test_an_api_knows_the_model_without_a_key(settings: Settings) -> None:
     async with running_api(changed(settings, azure_key=None)) as api:
         models = (await api.get("/v1/models")).json()["data"]

@@ -275,6 +275,16 @@ async def test_defaults_are_sent_when_set_and_never_override_the_request(
     assert record.body["messages"] == asking(chunks=1)["messages"]
 
 
+async def test_null_does_not_switch_off_a_default(emulator: Emulator, emulator_url: str) -> None:
+    nulls = {"temperature": None, "max_tokens": None, "max_completion_tokens": None}
+    request, _ = Asked.model_validate(asking(chunks=1) | nulls).to_stored()
+    async with azure(emulator_url, temperature=0.2, max_tokens=50) as upstream:
+        await asked(upstream, request)
+    [record] = emulator.requests
+    sent = {name: record.body[name] for name in nulls if name in record.body}
+    assert sent == {"temperature": 0.2, "max_tokens": 50}
+
+
 async def test_the_system_prompt_stands_before_the_callers_messages(
     emulator: Emulator, emulator_url: str
 ) -> None:
