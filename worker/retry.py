@@ -16,13 +16,13 @@ def delay_before(
 ) -> float:
     """Seconds before try `number`, 2 being the first retry; `chance` from 0 to 1.
 
-    What the other server asks for is kept, up to `most_seconds`, with up to a fifth more so that
-    those who were refused together do not come back together. Without its word, the wait doubles,
-    half of it by chance.
+    What the other server asks for is kept, up to `most_seconds`, and on top of either comes up to a
+    fifth, so that those who were refused together do not come back together. Without its word, the
+    wait doubles up to there, half of it by chance.
     """
     asked = seconds_asked(headers)
     if asked is not None:
-        return min(asked * (1 + 0.2 * chance), most_seconds)
+        return min(asked, most_seconds) * (1 + 0.2 * chance)
     ceiling: float = min(first_seconds * 2 ** min(number - 2, _DOUBLINGS), most_seconds)
     return ceiling * (0.5 + 0.5 * chance)
 

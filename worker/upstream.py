@@ -23,7 +23,7 @@ logger = get_logger()
 
 FIRST_RETRY_SECONDS = 0.5
 MOST_RETRY_SECONDS = 20.0
-"""More than this nobody waits for a first word: a longer Retry-After is cut."""
+"""Much longer nobody waits for a first word: a longer Retry-After is cut to this."""
 END_SECONDS = 1.0
 """From [DONE] to the end of the body, at most."""
 CHUNK_BYTES = 100
