@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from cli.redis_server import RedisServer
 from emulator.app import Emulator, Record
@@ -756,6 +757,23 @@ async def test_a_round_that_redis_refuses_is_told_and_followed_by_the_next(
         await until(is_counted)
     assert {"claim_failed", "round_failed"} <= set(events_of(said))
     assert "sweep" in {line["work"] for line in said if line["event"] == "round_failed"}
+
+
+async def test_a_renewal_that_failed_is_repeated_at_once_and_not_a_whole_round_later(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [RedisError("refused"), RedisError("refused")]
+    succeeded = asyncio.Event()
+
+    async def renew(_: ClaimingWorker) -> None:
+        if failures:
+            raise failures.pop()
+        succeeded.set()
+
+    monkeypatch.setattr(ClaimingWorker, "_renew", renew)
+    # A round would be 20 s.
+    async with asyncio.timeout(5), running_worker(changed(settings, **LONG)):
+        await succeeded.wait()
 
 
 async def test_of_a_redis_that_is_away_the_listener_alone_tells(
