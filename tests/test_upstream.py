@@ -850,6 +850,29 @@ async def test_behind_a_proxy_too_the_first_chunk_may_take_longer_than_a_stall(
             assert text_of(await asked(upstream, asking())) == "a"
 
 
+async def test_behind_a_proxy_too_as_many_answers_come_at_once_as_a_worker_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    concurrency = 20
+    all_asked = asyncio.Event()
+
+    async def answer(
+        proxy: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await proxy.request(reader)
+        if len(proxy.asked) == concurrency:
+            all_asked.set()
+        await all_asked.wait()
+        writer.write(http(200, SAID + b"data: [DONE]\n\n", "text/event-stream"))
+        await writer.drain()
+
+    async with serving(answer) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        async with azure("http://model.invalid", concurrency=concurrency) as upstream:
+            answers = await asyncio.gather(*(chunks_of(upstream) for _ in range(concurrency)))
+    assert list(map(text_of, answers)) == ["a"] * concurrency
+
+
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
 def test_a_proxy_that_cannot_be_gone_through_is_told_at_the_start(
     proxy: str, monkeypatch: pytest.MonkeyPatch
