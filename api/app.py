@@ -25,6 +25,7 @@ from api import (
     webhook,
 )
 from api.body_limit import BodyLimit
+from api.caching import CacheControl
 from api.hosts import Hosts, is_loopback
 from api.hub import Hub
 from api.parts import ANY_MODEL, Parts
@@ -146,7 +147,9 @@ class _Api(FastAPI):
         stack: ASGIApp = Shortcut(super().build_middleware_stack())
         if self.cors_origins:
             stack = _with_cors(stack, self.cors_origins)
-        return stack if self.allowed_hosts is None else Hosts(stack, self.allowed_hosts, SHAPES)
+        if self.allowed_hosts is not None:
+            stack = Hosts(stack, self.allowed_hosts, SHAPES)
+        return CacheControl(stack, "no-store")
 
 
 def _allowed_hosts(settings: Settings) -> frozenset[str] | None:

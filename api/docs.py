@@ -7,13 +7,16 @@ from starlette.responses import HTMLResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from api.caching import CacheControl
+
 ASSETS = "/docs/assets"
 
 
 def routes() -> list[BaseRoute]:
     # Of that package the files alone: the app that it makes is none of our class.
     assets = StaticFiles(packages=[("fastapi_offline", "static")])
-    return [Route("/docs", _swagger_ui), Mount(ASSETS, assets)]
+    # They are large, and change with the version alone: a browser asks whether they have.
+    return [Route("/docs", _swagger_ui), Mount(ASSETS, CacheControl(assets, "no-cache"))]
 
 
 async def _swagger_ui(request: Request) -> HTMLResponse:

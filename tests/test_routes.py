@@ -406,6 +406,39 @@ async def test_a_stream_cannot_be_cached_or_held_back_on_its_way(api: httpx2.Asy
     assert "content-length" not in response.headers
 
 
+async def test_no_cache_keeps_what_is_told_of_an_answer_or_that_there_is_none(
+    api: httpx2.AsyncClient,
+) -> None:
+    stream_id, gone = await ask(api), new_stream_id()
+    await api.post(f"/streams/{stream_id}/cancel")
+    cursor = (await api.get(f"/streams/{stream_id}")).json()["last_event_id"]
+    for method, path, status in (
+        ("GET", f"/streams/{stream_id}", 200),
+        ("GET", f"/streams/{stream_id}/events?last_event_id={cursor}", 204),
+        ("GET", f"/streams/{gone}", 410),
+        ("GET", f"/streams/{gone}/events", 410),
+        ("GET", f"/streams/{UNKNOWN}/events", 404),
+        ("GET", f"/v1/responses/resp_{stream_id}", 200),
+        ("GET", f"/v1/responses/resp_{gone}", 404),
+        ("GET", "/api/chat/chat/stream", 204),
+        ("HEAD", "/healthz", 200),
+        ("GET", "/nowhere", 404),
+        ("PUT", "/chat", 405),
+    ):
+        response = await api.request(method, path)
+        told = (response.status_code, response.headers.get_list("cache-control"))
+        assert told == (status, ["no-store"]), path
+    response = await api.get("/healthz", headers={"host": "evil.example"})
+    assert (response.status_code, response.headers["cache-control"]) == (421, "no-store")
+
+
+async def test_files_may_be_kept_by_who_asks_whether_they_are_new(api: httpx2.AsyncClient) -> None:
+    for path in ("/", "/relay.js", "/docs/assets/swagger-ui.css"):
+        response = await api.get(path)
+        assert response.headers.get_list("cache-control") == ["no-cache"], path
+        assert response.headers["etag"]
+
+
 async def test_nothing_here_is_a_problem_too(api: httpx2.AsyncClient) -> None:
     assert code(await api.get("/nowhere"), 404) == "not_found"
     assert code(await api.get("/chat"), 405) == "method_not_allowed"
