@@ -66,8 +66,10 @@ def _as_parts(content: Any) -> Any:
 
 
 Part = Annotated[Text | Refusal | Image, Field(discriminator="type")]
-Content = Annotated[ListOf[Part], Field(min_length=1), BeforeValidator(_as_parts)]
-"""A string, or parts; a string is one part."""
+Parts = Annotated[ListOf[Part], Field(min_length=1)]
+Content = Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)]
+"""A string, or parts; a string is one part. The OpenAPI document must be told: it knows what comes
+out of a validator, not what goes in."""
 
 
 class _Item(_Known):
@@ -159,10 +161,11 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(_kind_of),
 ]
+Items = Annotated[ListOf[Item], Field(min_length=1)]
 Input = Annotated[
-    ListOf[Item],
-    Field(min_length=1, description="A text, or items."),
-    BeforeValidator(_as_items),
+    Items,
+    Field(description="A text, or items."),
+    BeforeValidator(_as_items, json_schema_input_type=str | Items),
     AfterValidator(_with_something_asked),
 ]
 
@@ -194,6 +197,14 @@ class ToolChoice(_Known):
 
 def _as_choice(given: Any) -> Any:
     return {"type": given} if isinstance(given, str) else given
+
+
+Choice = Annotated[
+    ToolChoice | None,
+    BeforeValidator(
+        _as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice | None
+    ),
+]
 
 
 class Format(_Known):
@@ -232,7 +243,7 @@ class ResponsesRequest(_Known):
     stream_options: StreamOptions | None = None
     instructions: str | None = None
     tools: ListOf[Function] | None = None
-    tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice)] = None
+    tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)

@@ -486,6 +486,24 @@ async def test_who_asks_for_json_is_told_so_with_the_answer(sdk: AsyncOpenAI) ->
 
 
 @pytest.mark.parametrize(
+    ("kind", "field", "short"),
+    [
+        ("ResponsesRequest", "input", {"type": "string"}),
+        ("MessageItem", "content", {"type": "string"}),
+        ("CallOutputItem", "output", {"type": "string"}),
+        ("ResponsesRequest", "tool_choice", {"enum": ["none", "auto", "required"]}),
+    ],
+)
+async def test_the_openapi_document_allows_the_short_form_of_what_has_one(
+    api: httpx2.AsyncClient, kind: str, field: str, short: dict[str, Any]
+) -> None:
+    schemas = (await api.get("/openapi.json")).json()["components"]["schemas"]
+    forms = schemas[kind]["properties"][field].get("anyOf", [])
+    assert any(short.items() <= form.items() for form in forms)
+    assert len(forms) > 1, "The long one is still allowed."
+
+
+@pytest.mark.parametrize(
     "given", [["Hello"], [{"role": "user", "content": [{"text": "Hello"}]}]], ids=["item", "part"]
 )
 async def test_what_has_no_type_is_refused_in_words_that_are_not_of_this_server_inside(
