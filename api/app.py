@@ -123,6 +123,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.cors_origins = settings.cors_origins
     app.allowed_hosts = _allowed_hosts(settings)
     problems.install(app, SHAPES)
+    app.openapi = partial(docs.described, app, model)  # type: ignore[method-assign]
     for native in (router, metrics.router):
         app.include_router(native, tags=["Native"])
     for openai in (chat_completions.router, chat_completions.azure, responses.router):

@@ -19,6 +19,15 @@ ListOf = Annotated[list[T], Field(fail_fast=True)]
 """It stops at the first wrong item: to tell of each would hold up the loop for seconds."""
 
 
+HELLO: JsonObject = {"role": "user", "content": "Hello"}
+
+
+def example(**body: Any) -> ConfigDict:
+    """What Swagger UI sends unless it is told otherwise; a model that is asked for by its name is
+    put in by `docs.py`. Without one it makes up a value for each field, and is refused."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 def _as_called(calls: list[JsonObject] | None) -> list[JsonObject] | None:
     """Without the arguments as the SDK has parsed them, beside those as the model wrote them."""
     for call in calls or ():
@@ -116,11 +125,7 @@ class Asked(BaseModel):
 class ChatRequest(Asked):
     """The body of POST /chat."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.2}]
-        },
-    )
+    model_config = example(messages=[HELLO], temperature=0.2)
 
     recovery: Recovery = Field(
         "restart",
@@ -163,10 +168,14 @@ class Completion(Asked):
 class ChatCompletionRequest(Completion):
     """The body of POST /v1/chat/completions."""
 
+    model_config = example(messages=[HELLO])
+
     model: str = Field(description="One of GET /v1/models.")
 
 
 class DeploymentRequest(Completion):
     """The body of POST /openai/deployments/{deployment}/chat/completions."""
+
+    model_config = example(messages=[HELLO])
 
     model: str | None = Field(None, description="Passed over: the path names the deployment.")

@@ -1,6 +1,9 @@
-"""The OpenAPI document as a page. What it loads comes from here as well: FastAPI's own would have
-it from a CDN, and be blank where that is out of reach."""
+"""The OpenAPI document, and as a page. What that loads comes from here as well: FastAPI's own would
+have it from a CDN, and be blank where that is out of reach."""
 
+from typing import Any
+
+from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
@@ -10,6 +13,32 @@ from starlette.staticfiles import StaticFiles
 from api.caching import CacheControl
 
 ASSETS = "/docs/assets"
+
+
+def described(app: FastAPI, model: str) -> dict[str, Any]:
+    """The OpenAPI document, whose examples ask for this model: with another they would be refused.
+
+    FastAPI puts a 422 of its own shape to every route with a parameter; here no route has that
+    shape, and most have nothing that could be invalid.
+    """
+    document = FastAPI.openapi(app)
+    schemas = document["components"]["schemas"]
+    for methods in [*document["paths"].values(), *document["webhooks"].values()]:
+        for operation in methods.values():
+            content = operation["responses"].get("422", {}).get("content", {})
+            schema = content.get("application/json", {}).get("schema", {})
+            if schema.get("$ref", "").endswith("/HTTPValidationError"):
+                del operation["responses"]["422"]
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "deployment":
+                    parameter["example"] = model
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for schema in schemas.values():
+        if "model" in schema.get("required", ()):
+            for example in schema["examples"]:
+                example["model"] = model
+    return document
 
 
 def routes() -> list[BaseRoute]:

@@ -202,21 +202,6 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def described(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document. FastAPI puts a 422 of its own shape to every route with a parameter;
-    here no route has that shape, and most have nothing that could be invalid."""
-    document = FastAPI.openapi(app)
-    for methods in [*document["paths"].values(), *document["webhooks"].values()]:
-        for operation in methods.values():
-            content = operation["responses"].get("422", {}).get("content", {})
-            schema = content.get("application/json", {}).get("schema", {})
-            if schema.get("$ref", "").endswith("/HTTPValidationError"):
-                del operation["responses"]["422"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
-    return document
-
-
 def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
     """Answer every error of the application as a problem; under the path of another API, which
     `others` names by its beginning, in the shape of that one."""
@@ -225,7 +210,6 @@ def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
         content_type = request.headers.get("content-type", "")
         return answer_to(error, shape_of(request.url.path, others, content_type))
 
-    app.openapi = lambda: described(app)  # type: ignore[method-assign]
     for kind in (RelayError, RedisError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
 

@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from api.chat_request import Asked, JsonObject, ListOf, StreamOptions
+from api.chat_request import Asked, JsonObject, ListOf, StreamOptions, example
 
 
 class _Known(BaseModel):
@@ -235,6 +235,8 @@ class ResponsesRequest(_Known):
     response for a while and does not tell metadata again: the model service hears of neither.
     `include` and `truncation` are taken as frameworks send them by themselves; it changes nothing.
     """
+
+    model_config = example(input="Hello")
 
     model: str = Field(description="One of GET /v1/models.")
     input: Input

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.chat_request import Asked, JsonObject, ListOf
+from api.chat_request import Asked, JsonObject, ListOf, example
 from relay.errors import BadRequest
 
 Id = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\n]*$")]
@@ -15,6 +15,9 @@ _ROUTING = frozenset({"id", "messages", "trigger", "message_id"})
 _PASSED_OVER = frozenset({"reasoning", "reasoning-file", "source-url", "source-document", "custom"})
 """Of an answer: what a chat completion does not take back."""
 _DENIED = "The user did not allow this tool call."
+
+
+HELLO = {"id": "message", "role": "user", "parts": [{"type": "text", "text": "Hello"}]}
 
 
 class UIMessage(BaseModel):
@@ -29,7 +32,7 @@ class UIMessage(BaseModel):
 class UIChatRequest(BaseModel):
     """The body of POST /api/chat. All but the first four go to the model as they are."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid") | example(id="chat", messages=[HELLO])
 
     id: Id = Field(description="Of the chat: under it the answer is resumed and stopped.")
     messages: ListOf[UIMessage] = Field(min_length=1)

@@ -692,8 +692,25 @@ async def test_the_openapi_document_is_complete(api: httpx2.AsyncClient) -> None
     assert set(paths["/api/chat/{chat_id}/stop"]["post"]["responses"]) == {"204", "422", "503"}
     deletion = paths["/v1/responses/{response_id}"]["delete"]["responses"]
     assert set(deletion) == {"200", "404", "503"}
-    request = document["components"]["schemas"]["ChatRequest"]
-    assert request["examples"]
+
+
+async def test_every_body_has_an_example_that_is_answered_as_it_stands(
+    stack: httpx2.AsyncClient,
+) -> None:
+    document = (await stack.get("/openapi.json")).json()
+    asked = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if "requestBody" in operation:
+                named = {each["name"]: each.get("example") for each in operation["parameters"]}
+                body = operation["requestBody"]["content"]["application/json"]["schema"]
+                [example] = document["components"]["schemas"][body["$ref"].split("/")[-1]][
+                    "examples"
+                ]
+                response = await stack.request(method, path.format(**named), json=example)
+                assert response.is_success, response.text
+                asked.append(path)
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize(
