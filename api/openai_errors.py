@@ -91,4 +91,12 @@ def _invalid(failure: RequestValidationError) -> Response:
     return refusal(400, code, fault.message, param=fault.field)
 
 
-SHAPE = Shape(refusal, _invalid)
+def refuse(status: int, code: str, message: str) -> Response:
+    """A body that is no JSON, or goes no further as such, is one thing to a client, whoever notices
+    it; and of 422 the SDKs make another exception than of any other body that is wrong."""
+    if status in {400, 422}:
+        return refusal(400, "invalid_json", message)
+    return refusal(status, code, message)
+
+
+SHAPE = Shape(refuse, _invalid)

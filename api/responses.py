@@ -16,7 +16,7 @@ from api import openai_errors
 from api.asking import AskingOfRequest, names
 from api.feed import Feed
 from api.long_response import Exit
-from api.openai_errors import RESPONSES, failure_of, refusal, unknown_model
+from api.openai_errors import RESPONSES, failure_of, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
 from api.responses_request import ResponsesRequest
 from api.viewer import Viewer, words_in_events
@@ -91,7 +91,7 @@ class ResponseViewer(Viewer):
 
 def _refusal(status: int, code: str, message: str) -> Response:
     """To OpenAI's SDKs what is gone is `NotFoundError`, as what never was, and 410 is nothing."""
-    return refusal(404 if status == 410 else status, code, message)
+    return openai_errors.refuse(404 if status == 410 else status, code, message)
 
 
 SHAPE = openai_errors.SHAPE._replace(refuse=_refusal)

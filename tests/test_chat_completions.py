@@ -573,10 +573,23 @@ async def test_a_parameter_that_is_null_asks_for_nothing_whether_it_is_known_or_
     assert not unknown & emulator.requests[-1].body.keys()
 
 
-async def test_no_json_is_refused_in_openais_shape(stack: httpx2.AsyncClient) -> None:
-    response = await stack.post("/v1/chat/completions", content=b"{")
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "invalid_json"
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "NaN", "1e999", "[" * 5000 + "]" * 5000, "[" * 100_000 + "]" * 100_000],
+    ids=["nothing", "NaN", "infinite", "deep", "deeper"],
+)
+async def test_what_is_no_plain_json_is_refused_in_openais_shape_and_by_one_code(
+    stack: httpx2.AsyncClient, path: str, value: str
+) -> None:
+    body = f'{{"model": "{MODEL}", "input": "x", "prompt_cache_options": {{"a": {value}}}}}'
+    if path == "/v1/chat/completions":
+        body = body.replace('"input": "x"', '"messages": [{"role": "user", "content": "x"}]')
+    headers = {"content-type": "application/json"}
+    response = await stack.post(path, content=body, headers=headers)
+    error = response.json()["error"]
+    told = (response.status_code, error["code"], error["type"])
+    assert told == (400, "invalid_json", "invalid_request_error"), error
 
 
 async def test_without_redis_the_sdk_is_told_to_try_again(
