@@ -137,7 +137,7 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
     if body.background and not body.stream:
         created = await asking.create(asked, "responses")
         if created.repeated:
-            return await _now(parts, created.stream_id)
+            return await _now(parts, created.stream_id, body.format_type)
         return _told(_born(parts, created.stream_id, created.created_ms, body.format_type), [BIRTH])
     asking.must_stay()
     feed, created = await asking.begin(asked, "responses")
@@ -225,10 +225,10 @@ def _ended(born: codec.Born, feed: Feed) -> Response:
     return Response(to_json(codec.fold(born, feed.events)), media_type="application/json")
 
 
-async def _now(parts: Parts, stream_id: str) -> Response:
+async def _now(parts: Parts, stream_id: str, text_format: str | None = None) -> Response:
     """The response as far as its log goes."""
     events = await parts.log.read(stream_id)
-    return _told(await _known(parts, stream_id), events)
+    return _told(await _known(parts, stream_id, text_format), events)
 
 
 def _told(born: codec.Born, events: list[Event]) -> Response:
@@ -236,10 +236,10 @@ def _told(born: codec.Born, events: list[Event]) -> Response:
     return Response(body, media_type="application/json", headers=names(born.stream_id))
 
 
-async def _known(parts: Parts, stream_id: str) -> codec.Born:
+async def _known(parts: Parts, stream_id: str, text_format: str | None = None) -> codec.Born:
     """Raises StreamGone. The log does not tell when it was born, the state does, for as long."""
     state = await parts.log.state(stream_id)
-    return _born(parts, stream_id, state.created_ms)
+    return _born(parts, stream_id, state.created_ms, text_format)
 
 
 def _born(

@@ -479,10 +479,12 @@ async def test_who_asks_for_json_is_told_so_with_the_answer(sdk: AsyncOpenAI) ->
         assert response.text.format.type == "json_schema"
     assert (await sdk.responses.create(**asked)).text is None
     wanted: Any = {"format": {"type": "json_object"}}
-    queued = await sdk.responses.create(**asked, text=wanted, background=True)
-    assert queued.text
-    assert queued.text.format
-    assert queued.text.format.type == "json_object"
+    key: Any = {"extra_headers": {"idempotency-key": "once"}}
+    for _ in ("queued", "repeated"):
+        told = await sdk.responses.create(**asked, text=wanted, background=True, **key)
+        assert told.text
+        assert told.text.format
+        assert told.text.format.type == "json_object"
 
 
 @pytest.mark.parametrize(
