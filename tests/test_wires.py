@@ -120,6 +120,17 @@ def test_no_wire_minds_that_an_upstream_says_null_for_what_others_leave_out(wire
         assert b":null" not in told, "its client knows none"
 
 
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [(None, b'data: {"choices":[],"prompt_filter_results":[]}\n\n'), ({"total_tokens": 1}, b"")],
+)
+def test_without_usage_a_completion_lacks_the_chunk_of_it_alone(usage: object, told: bytes) -> None:
+    chunk = {"choices": [], "prompt_filter_results": [], "usage": usage}
+    encode = chat_completions.encoder()
+    encode(Event(CURSOR, *entry(STARTED, {"envelope": {}})))
+    assert encode(Event(CURSOR, *entry(WHOLE, {"chunk": chunk}))) == told
+
+
 EMOJI = "\N{GRINNING FACE}".encode()
 
 

@@ -70,7 +70,8 @@ class _Encoder:
 
     def _encode(self, chunk: Chunk) -> bytes:
         if not self._include_usage and "usage" in chunk:
-            if not chunk.get("choices"):
+            # As null it may be on every chunk, also on one that says something else.
+            if chunk["usage"] and not chunk.get("choices"):
                 return b""
             chunk = {key: value for key, value in chunk.items() if key != "usage"}
         return sse.frame(chunk)
