@@ -307,9 +307,13 @@ def test_usage_has_the_names_of_the_api() -> None:
 @pytest.mark.parametrize("details", [None, {"cached_tokens": None, "reasoning_tokens": None}])
 def test_of_usage_what_the_upstream_leaves_open_is_nothing(details: Chunk | None) -> None:
     names = ("prompt_tokens_details", "completion_tokens_details")
-    end = entry(COMPLETED, {"finish_reason": "stop", "usage": dict.fromkeys(names, details)})
+    counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"))
+    usage = {**dict.fromkeys(names, details), **counts}
+    end = entry(COMPLETED, {"finish_reason": "stop", "usage": usage})
     response = Response.model_validate(fold(BORN, log([*deltas({"content": "a"}), end])))
     assert response.usage is not None
+    assert response.usage.input_tokens == response.usage.output_tokens == 0
+    assert response.usage.total_tokens == 0
     assert response.usage.input_tokens_details.cached_tokens == 0
     assert response.usage.output_tokens_details.reasoning_tokens == 0
 

@@ -308,14 +308,14 @@ def _usage(usage: Chunk | None) -> Chunk | None:
     asked: dict[str, Any] = usage.get("prompt_tokens_details") or {}
     said: dict[str, Any] = usage.get("completion_tokens_details") or {}
     return {
-        "input_tokens": usage.get("prompt_tokens", 0),
+        "input_tokens": usage.get("prompt_tokens") or 0,
         "input_tokens_details": {
             "cached_tokens": asked.get("cached_tokens") or 0,
             "cache_write_tokens": asked.get("cache_write_tokens") or 0,
         },
-        "output_tokens": usage.get("completion_tokens", 0),
+        "output_tokens": usage.get("completion_tokens") or 0,
         "output_tokens_details": {"reasoning_tokens": said.get("reasoning_tokens") or 0},
-        "total_tokens": usage.get("total_tokens", 0),
+        "total_tokens": usage.get("total_tokens") or 0,
     }
 
 
