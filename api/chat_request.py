@@ -36,10 +36,22 @@ def _as_called(calls: list[JsonObject] | None) -> list[JsonObject] | None:
     return calls
 
 
-class Message(BaseModel):
-    """One message of the conversation; its content goes to the model as it is."""
-
+class _NullIsNothing(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, given: Any) -> Any:
+        """Null asks for nothing, also under a name that is not known here: many a client sends each
+        parameter that OpenAI has, and a message back as it came."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        return {name: value for name, value in given.items() if value is not None or name in known}
+
+
+class Message(_NullIsNothing):
+    """One message of the conversation; its content goes to the model as it is."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | ListOf[JsonObject] | None = None
@@ -52,6 +64,7 @@ class Message(BaseModel):
     # Back to whom it came from: DeepSeek refuses the outputs of tools without what it thought.
     reasoning_content: str | None = None
     reasoning: str | None = None
+    reasoning_details: ListOf[JsonObject] | None = None
     # Azure refuses them where they come back.
     annotations: ListOf[JsonObject] | None = Field(
         None, exclude=True, description="Of an earlier answer; the model does not see them."
@@ -148,21 +161,11 @@ class ChatStreamOptions(StreamOptions):
     include_usage: bool | None = False
 
 
-class Completion(Asked):
+class Completion(_NullIsNothing, Asked):
     """What OpenAI and Azure know alike."""
 
     stream: bool | None = False
     stream_options: ChatStreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unknown_nulls(cls, given: Any) -> Any:
-        """Null asks for nothing, also under a name that is not known here: many a client sends each
-        parameter that OpenAI has."""
-        if not isinstance(given, dict):
-            return given
-        known = cls.model_fields
-        return {name: value for name, value in given.items() if value is not None or name in known}
 
 
 class ChatCompletionRequest(Completion):

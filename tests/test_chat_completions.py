@@ -129,12 +129,20 @@ async def test_the_sync_sdk_streams_and_waits_too(stack: httpx2.AsyncClient) -> 
     assert await asyncio.to_thread(both) == ("0 1 2 ", "0 1 2 ")
 
 
-@pytest.mark.parametrize("reasoning", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"reasoning_content": "Hm."},
+        {"reasoning": "Hm."},
+        {"reasoning": "Hm.", "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}]},
+    ],
+)
 async def test_an_answer_is_sent_back_as_it_came_and_only_what_is_no_input_is_left_out(
-    sdk: AsyncOpenAI, emulator: Emulator, reasoning: str
+    sdk: AsyncOpenAI, emulator: Emulator, thought: dict[str, Any]
 ) -> None:
     cited = {"content": "See a.", "annotations": [{"type": "url_citation", "url_citation": {}}]}
-    choice = {"index": 0, "delta": {reasoning: "Hm.", **cited}, "finish_reason": "stop"}
+    delta = {**thought, **cited, "of_no_other_server": None}
+    choice = {"index": 0, "delta": delta, "finish_reason": "stop"}
     messages = question(raw=[{"id": "c", "model": MODEL, "choices": [choice]}])
     answer = await sdk.chat.completions.create(model=MODEL, messages=messages)
     messages.append(answer.choices[0].message)
@@ -142,7 +150,7 @@ async def test_an_answer_is_sent_back_as_it_came_and_only_what_is_no_input_is_le
     key = {"idempotency-key": "a second turn"}
     create = sdk.chat.completions.with_raw_response.create
     second = await create(model=MODEL, messages=messages, extra_headers=key)
-    said = {"role": "assistant", "content": "See a.", "refusal": None, reasoning: "Hm."}
+    said = {"role": "assistant", "content": "See a.", "refusal": None, **thought}
     assert emulator.requests[-1].body["messages"][1] == said
     messages[1] = said
     again = await create(model=MODEL, messages=messages, extra_headers=key)
