@@ -22,10 +22,12 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if too_long or received > self._limit_bytes:
-                raise HTTPException(413, f"Send at most {self._limit_bytes} bytes.")
-            return message
+            # Asked to receive, the server tells a client that waits for that to send it all.
+            if not too_long:
+                message = await receive()
+                received += len(message.get("body", b""))
+                if received <= self._limit_bytes:
+                    return message
+            raise HTTPException(413, f"Send at most {self._limit_bytes} bytes.")
 
         await self._app(scope, counted, send)

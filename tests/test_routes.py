@@ -218,6 +218,19 @@ async def test_a_body_over_the_limit_is_refused_and_one_of_that_size_is_not(
         assert response.status_code == 202
 
 
+@pytest.mark.parametrize("path", ["/chat", "/v1/responses"])
+async def test_who_asks_before_sending_a_body_over_the_limit_sends_none_of_it(
+    api: httpx2.AsyncClient, path: str
+) -> None:
+    reader, writer = await asyncio.open_connection(api.base_url.host, api.base_url.port)
+    announced = f"content-type: application/json\r\ncontent-length: {MIB + 1}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\n{announced}\r\n"
+    writer.write(head.encode())
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_unknown_is_404_and_gone_is_410_everywhere(api: httpx2.AsyncClient) -> None:
     paths = (await api.get("/openapi.json")).json()["paths"]
     routes = [(method, path) for path in paths if "{stream_id}" in path for method in paths[path]]
