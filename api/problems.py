@@ -1,7 +1,7 @@
 """Errors: RFC 9457 problem+json with a stable `code`, or the shape that another API gives them."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from api.counters import REFUSED
 from relay.connection import reason
@@ -208,10 +209,21 @@ def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
 
     async def on_error(request: Request, error: Exception) -> Response:
         content_type = request.headers.get("content-type", "")
-        return answer_to(error, shape_of(request.url.path, others, content_type))
+        response = answer_to(error, shape_of(request.url.path, others, content_type))
+        if "allow" in response.headers:
+            response.headers["allow"] = ", ".join(_allowed(request))
+        return response
 
     for kind in (RelayError, RedisError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
+
+
+def _allowed(request: Request) -> Iterator[str]:
+    """The methods of a path. It has a route for each, of which Starlette names the first one's."""
+    for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            yield method
 
 
 def tell_wait(response: Response, failure: Mapping[str, Any]) -> None:

@@ -769,8 +769,22 @@ async def test_a_reply_never_outgrows_a_request_that_is_all_wrong(api: httpx2.As
     assert len(response.json()["errors"]) == 20
 
 
-async def test_a_method_that_is_not_allowed_is_told_which_are(api: httpx2.AsyncClient) -> None:
-    assert (await api.get("/chat")).headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/chat", "POST"),
+        ("/streams/x", "DELETE, GET"),
+        ("/v1/responses/x", "DELETE, GET"),
+        ("/openai/v1/responses", "POST"),
+        ("/healthz", "GET, HEAD"),
+        ("/relay.js", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_told_which_are(
+    api: httpx2.AsyncClient, path: str, allowed: str
+) -> None:
+    response = await api.put(path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
 
 
 async def test_a_request_whose_head_never_ends_is_cut(api: httpx2.AsyncClient) -> None:
