@@ -18,7 +18,7 @@ from api.feed import Feed
 from api.long_response import Exit
 from api.openai_errors import RESPONSES, failure_of, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
-from api.responses_request import ResponsesRequest
+from api.responses_request import Included, ResponsesRequest
 from api.viewer import Viewer, words_in_events
 from api.waiting import until_begun, until_ended, when_ended
 from api.wires import responses as codec
@@ -165,6 +165,10 @@ class Retrieval(BaseModel):
     )
     include_obfuscation: Literal["false"] | None = Field(
         None, description="As in `stream_options`: there is none."
+    )
+    include: Included = Field([], description="As POST /v1/responses takes it.")
+    include_by_sdk: Included = Field(
+        [], alias="include[]", description="The same, as the SDK spells a list."
     )
 
 

@@ -230,6 +230,9 @@ class Reasoning(_Known):
     effort: str | None = None
 
 
+Included = ListOf[Literal["reasoning.encrypted_content"]]
+
+
 class ResponsesRequest(_Known):
     """The body of POST /v1/responses. `store` and `metadata` are for this server, which keeps every
     response for a while and does not tell metadata again: the model service hears of neither.
@@ -260,9 +263,7 @@ class ResponsesRequest(_Known):
     prompt_cache_options: JsonObject | None = None
     safety_identifier: str | None = None
     store: bool | None = None
-    include: ListOf[Literal["reasoning.encrypted_content"]] | None = Field(
-        None, description="A chat completion has none, so none comes."
-    )
+    include: Included | None = Field(None, description="A chat completion has none, so none comes.")
     truncation: Literal["disabled"] | None = None
 
     @property

@@ -565,13 +565,24 @@ async def test_what_the_sdk_can_ask_and_this_server_cannot_honour_is_refused_by_
 async def test_what_cannot_be_retrieved_is_refused_with_the_field_named(sdk: AsyncOpenAI) -> None:
     response_id = await begun(sdk, chunks=1)
     asked: Any = {
-        "include[]": ("x", "unknown_parameter"),
-        "include_obfuscation": (True, "invalid_value"),
+        "after": (1, "after", "unknown_parameter"),
+        "include": (["file_search_call.results"], "include[].0", "invalid_value"),
+        "include_obfuscation": (True, "include_obfuscation", "invalid_value"),
     }
-    for param, (value, code) in asked.items():
+    for name, (value, param, code) in asked.items():
         with pytest.raises(openai.BadRequestError) as raised:
-            await sdk.responses.retrieve(response_id, stream=True, extra_query={param: value})
+            await sdk.responses.retrieve(response_id, stream=True, extra_query={name: value})
         assert (raised.value.param, raised.value.code) == (param, code)
+
+
+async def test_who_looks_at_a_response_may_ask_for_what_who_created_it_may(
+    sdk: AsyncOpenAI, api: httpx2.AsyncClient
+) -> None:
+    created = await sdk.responses.create(**asking(chunks=1))
+    seen = await sdk.responses.retrieve(created.id, include=["reasoning.encrypted_content"])
+    assert seen.output_text == "0 "
+    by_hand = {"include": "reasoning.encrypted_content"}
+    assert (await api.get(f"/v1/responses/{created.id}", params=by_hand)).json() == seen.to_dict()
 
 
 async def test_any_other_model_is_refused(sdk: AsyncOpenAI) -> None:
