@@ -250,13 +250,28 @@ def native(content_type: str = "") -> Shape:
     return Shape(problem, partial(_invalid, content_type))
 
 
+_INSTEAD = {
+    ("body", "model"): "The server chooses it: leave it out. OpenAI's own body goes to "
+    "/v1/chat/completions",
+    ("body", "stream"): "Send Accept: text/event-stream instead. OpenAI's own body goes to "
+    "/v1/chat/completions",
+}
+"""Fields that nearly everybody tries first, since OpenAI's API has them."""
+
+
 def _invalid(content_type: str, error: RequestValidationError) -> Response:
     details = error.errors()[:ERRORS_TOLD]
     if details[0]["loc"] == ("body",) and not _JSON.match(content_type):
         return problem(415, "not_json", "Send the body with content-type: application/json.")
     if any(detail["type"] == "json_invalid" for detail in details):
         return problem(400, "bad_json", "Send one JSON object as the body.")
-    errors = [{"field": _field(detail["loc"]), "problem": _reason(detail)} for detail in details]
+    errors = [
+        {
+            "field": _field(detail["loc"]),
+            "problem": _INSTEAD.get(detail["loc"]) or _reason(detail),
+        }
+        for detail in details
+    ]
     first = errors[0]
     sentence = f"{first['field']}: {first['problem']}."
     return problem(422, "invalid_request", sentence, errors=errors)

@@ -108,7 +108,17 @@ async def test_bad_input_is_refused_by_name_and_nothing_is_created(
     [
         ([], "body: It must be a JSON object."),
         ({"messages": ["Hello"]}, "messages.0: It must be a JSON object."),
-        ({"messages": [{"role": "user"}], "stream": True}, "stream: This server does not know it."),
+        ({"messages": [{"role": "user"}], "sing": True}, "sing: This server does not know it."),
+        (
+            {"messages": [{"role": "user"}], "model": "x"},
+            "model: The server chooses it: leave it out. OpenAI's own body goes to "
+            "/v1/chat/completions.",
+        ),
+        (
+            {"messages": [{"role": "user"}], "stream": True},
+            "stream: Send Accept: text/event-stream instead. OpenAI's own body goes to "
+            "/v1/chat/completions.",
+        ),
     ],
 )
 async def test_a_wrong_body_is_told_of_in_words_of_the_caller(
