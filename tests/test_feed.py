@@ -282,6 +282,18 @@ async def test_who_gets_on_is_not_written_what_it_has_and_others_still_lack() ->
     assert late.chunks == [b'3\r\n"b"\r\n']
 
 
+async def test_who_gets_on_after_all_have_got_off_hears_heartbeats_as_they_did() -> None:
+    feed = feed_of(QUEUE, FIRST)
+    for _ in range(2):
+        line, over = Written(), asyncio.get_running_loop().create_future()
+        riding = asyncio.create_task(feed.ride(plain, line, b":", 0, CHUNKS, unless=over))
+        await a_turn()
+        over.set_result(None)
+        assert await riding == 2
+        assert b"1\r\n:\r\n" in line.chunks
+        await a_turn()  # In which the next heartbeat would have been due.
+
+
 def test_what_a_feed_holds_is_counted_by_its_events_and_once_more_by_their_frames() -> None:
     small, large = (feed_of(QUEUE, FIRST, event("1-1", data=b"x" * n)) for n in (0, 1000))
     assert large.bytes - small.bytes == 1000
