@@ -159,12 +159,18 @@ def test_text_is_the_text_of_the_first_choice_with_every_emoji_whole(
     assert b"".join(encode(Event(CURSOR, *each)) for each in entries) == written
 
 
-def whole_calls(*pieces: Chunk) -> list[tuple[str, str, str]]:
-    """Of the completion whose chunks have one of these each: id, name and arguments."""
-    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+def whole(*deltas: Chunk) -> Chunk:
+    """The message of the completion whose chunks have one of these each."""
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
     events = [Event(CURSOR, WHOLE, to_json({"chunk": chunk})) for chunk in chunks]
     [choice] = chat_completions.fold(events)["choices"]
-    calls = choice["message"]["tool_calls"]
+    message: Chunk = choice["message"]
+    return message
+
+
+def whole_calls(*pieces: Chunk) -> list[tuple[str, str, str]]:
+    """Of the completion whose chunks have one of these each: id, name and arguments."""
+    calls = whole(*({"tool_calls": [piece]} for piece in pieces))["tool_calls"]
     assert not any("index" in call for call in calls)
     return [(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
@@ -187,6 +193,12 @@ def test_a_call_keeps_its_id_where_a_server_repeats_it_as_an_empty_one() -> None
     assert whole_calls(*({"index": 0} | piece for piece in (CALL[0], again))) == [
         ("a", "f", '{"x":1}')
     ]
+
+
+def test_what_each_piece_of_reasoning_says_of_itself_stands_once_in_the_whole() -> None:
+    piece: Chunk = {"type": "reasoning.text", "format": "openai-responses-v1", "index": 0}
+    deltas = ({"reasoning_details": [piece | {"text": text}]} for text in ("Let ", "me see."))
+    assert whole(*deltas)["reasoning_details"] == [piece | {"text": "Let me see."}]
 
 
 def with_logprobs(count: int) -> list[Chunk]:

@@ -33,7 +33,7 @@ STATUSES = {
 its error is the same. Any other is 502."""
 _GAP = "(the text)"
 # Said again, whole, by each part that has it; everything else that is text goes on where it was.
-_REPEATED = frozenset({"id", "type", "role", "index"})
+_REPEATED = frozenset({"id", "type", "role", "index", "format"})
 
 
 def encoder() -> Callable[[Event], bytes]:
