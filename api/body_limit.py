@@ -16,7 +16,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        announced = headers.get(b"content-length", b"")
         too_long = announced.isdigit() and int(announced) > self._limit_bytes
         received = 0
 
@@ -28,6 +29,8 @@ class BodyLimit:
                 received += len(message.get("body", b""))
                 if received <= self._limit_bytes:
                     return message
-            raise HTTPException(413, f"Send at most {self._limit_bytes} bytes.")
+            # Who was to be told to send it does not: what comes next would be taken for it.
+            end = {"connection": "close"} if too_long and b"expect" in headers else None
+            raise HTTPException(413, f"Send at most {self._limit_bytes} bytes.", end)
 
         await self._app(scope, counted, send)

@@ -44,7 +44,7 @@ class _NullIsNothing(BaseModel):
     def _without_unknown_nulls(cls, given: Any) -> Any:
         """Null asks for nothing, also under a name that is not known here: many a client sends each
         parameter that OpenAI has, and a message back as it came."""
-        if not isinstance(given, dict):
+        if not isinstance(given, dict) or None not in given.values():
             return given
         known = cls.model_fields
         return {name: value for name, value in given.items() if value is not None or name in known}
@@ -76,10 +76,8 @@ class Message(_NullIsNothing):
     )
 
 
-class Asked(BaseModel):
+class Asked(_NullIsNothing):
     """The fields of a chat completion that the model sees."""
-
-    model_config = ConfigDict(extra="forbid")
 
     messages: ListOf[Message] = Field(min_length=1, description="The conversation so far.")
 
@@ -161,7 +159,7 @@ class ChatStreamOptions(StreamOptions):
     include_usage: bool | None = False
 
 
-class Completion(_NullIsNothing, Asked):
+class Completion(Asked):
     """What OpenAI and Azure know alike."""
 
     stream: bool | None = False

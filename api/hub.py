@@ -247,6 +247,7 @@ class Hub:
         if self.redis_away:
             return REDIS_AWAY
         try:
+            # Asked though nobody waits: it writes, and so finds out where the master is.
             silent = await self._log.silent_seconds() > ALIVE_SECONDS
         except RedisError:
             return REDIS_AWAY

@@ -18,7 +18,7 @@ from api.wires import sse
 from relay.settings import Settings
 
 HEADERS = {
-    "cache-control": "no-cache, no-transform",
+    "cache-control": "no-store, no-transform",
     # nginx and its like would hold the answer back until it is whole.
     "x-accel-buffering": "no",
 }

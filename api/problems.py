@@ -211,7 +211,8 @@ def install(app: FastAPI, others: Mapping[str, Shape]) -> None:
         content_type = request.headers.get("content-type", "")
         response = answer_to(error, shape_of(request.url.path, others, content_type))
         if "allow" in response.headers:
-            response.headers["allow"] = ", ".join(_allowed(request))
+            # Below a mount no route knows the path; what stands there has said it itself.
+            response.headers["allow"] = ", ".join(_allowed(request)) or response.headers["allow"]
         return response
 
     for kind in (RelayError, RedisError, RequestValidationError, HTTPException, Exception):
@@ -250,11 +251,10 @@ def native(content_type: str = "") -> Shape:
     return Shape(problem, partial(_invalid, content_type))
 
 
+_THERE = "OpenAI's own body goes to /v1/chat/completions"
 _INSTEAD = {
-    ("body", "model"): "The server chooses it: leave it out. OpenAI's own body goes to "
-    "/v1/chat/completions",
-    ("body", "stream"): "Send Accept: text/event-stream instead. OpenAI's own body goes to "
-    "/v1/chat/completions",
+    ("body", "model"): f"The server chooses it: leave it out. {_THERE}",
+    ("body", "stream"): f"Leave it out: Accept: text/event-stream streams. {_THERE}",
 }
 """Fields that nearly everybody tries first, since OpenAI's API has them."""
 

@@ -97,7 +97,7 @@ class Bounded(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         clients = len(self.connections)
-        if clients > room_for(clients, spare=SPARE_DESCRIPTORS):
+        if clients > max(1, room_for(clients, spare=SPARE_DESCRIPTORS)):
             # They would take the last one, too, and none be left to connect with Redis again.
             logger.warning("descriptors_low", clients=clients)
             transport.abort()

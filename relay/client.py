@@ -85,7 +85,8 @@ class Client:
         report: Callable[[str], object] = lambda _: None,
     ) -> None:
         """`headers` go with every request, for what may stand before the server. Raises
-        ConfigurationError for what is no URL of a server, or leads through no proxy."""
+        ConfigurationError for what is no URL of a server, leads through no proxy, or is no header.
+        """
         self._http = _http(url, headers)
         self._url = _without_password(url)
         self._tries = tries
@@ -199,7 +200,7 @@ class Client:
 
 
 def _http(url: str, headers: Mapping[str, str] | None) -> httpx2.Client:
-    """Raises ConfigurationError for what is no URL of a server, or leads through no proxy."""
+    """Raises ConfigurationError as Client does."""
     try:
         host = httpx2.URL(url).host
         host.encode("idna")  # As it will be looked up.
@@ -207,6 +208,8 @@ def _http(url: str, headers: Mapping[str, str] | None) -> httpx2.Client:
         host = ""
     if not (host and re.match(r"https?://", url)):
         raise ConfigurationError(f"{url} is no URL such as http://127.0.0.1:8000.")
+    if not all(re.fullmatch(r"[\t -~]*", value) for value in (headers or {}).values()):
+        raise ConfigurationError("A header has what no request can carry: check your sign-in.")
     timeout = httpx2.Timeout(10, read=SILENCE_SECONDS)
     with proxies.usable():
         trust_env = host not in proxies.HERE

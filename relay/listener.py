@@ -88,7 +88,7 @@ class Listener:
     def follow(self) -> None:
         """To be called when Redis has taken a write. If a replica had refused one before, the
         master is another now, and what is published there the replica may never say."""
-        if was_refused(self._redis) and self._ear is not None:
+        if self._ear is not None and was_refused(self._redis):
             self._ear.close()
 
     async def run(self) -> None:

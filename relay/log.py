@@ -236,8 +236,10 @@ class Log:
         start = "-" if after is None else f"({after}"
         count = _PAGE
         while True:
+            # By a call of its own, in which one that hangs is found out before any page is asked.
+            exists = await self._redis.exists(keys.log(stream_id))
             try:
-                exists, page = await self._page(stream_id, start, count)
+                page = await self._page(stream_id, start, count)
             except RedisTimeoutError:
                 if count <= _SMALL_PAGE:
                     raise
@@ -253,12 +255,12 @@ class Log:
             start = f"({events[-1].cursor}"
 
     async def _page(self, stream_id: str, start: str, count: int) -> list[Any]:
-        """Whether there is such a log, and what of it stands from there on."""
+        """By a connection of its own: a large reply holds up all that is behind it."""
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.exists(keys.log(stream_id))
             pipe.xrange(keys.log(stream_id), start, "+", count=count)
-            answers: list[Any] = await pipe.execute()
-            return answers
+            [page] = await pipe.execute()
+        entries: list[Any] = page
+        return entries
 
     async def state(self, stream_id: str) -> State:
         """Raises StreamGone."""

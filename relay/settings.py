@@ -381,7 +381,8 @@ def _url(variable: str, value: str | None, example: str) -> str:
     url = _required(variable, value)
     try:
         parts = HttpUrl(url)
-    except ValidationError:
+        (parts.host or "").encode("idna")  # As it will be looked up.
+    except (ValidationError, UnicodeError):
         raise ConfigurationError(f"{variable} must be a URL such as {example}.") from None
     if parts.query or parts.fragment or _TOO_MUCH.search(parts.path or ""):
         raise ConfigurationError(

@@ -479,6 +479,12 @@ def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize("value", ["Bearer \N{SNOWMAN}", "Bearer a\nb", "Bearer a\r", "Bearer \0"])
+def test_what_no_header_can_carry_is_refused_before_anything_is_asked(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="sign-in"):
+        Client("http://127.0.0.1:8000", headers={"authorization": value})
+
+
 @pytest.mark.parametrize("proxy", ["http://proxy.invalid:1", "socks5://proxy.invalid:1"])
 def test_no_proxy_comes_between_it_and_a_relay_on_this_machine(
     monkeypatch: pytest.MonkeyPatch, proxy: str

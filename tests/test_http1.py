@@ -613,4 +613,18 @@ async def test_tls_is_checked_for_the_name(
     async with serving(answer, another) as server, client(server) as http:
         with pytest.raises(httpx2.ConnectError, match="certificate"):
             await http.post(f"https://127.0.0.1:{server.port}/")
-        assert (await http.post(f"https://elsewhere.test:{server.port}/")).text == "ok"
+        url = f"https://elsewhere.test:{server.port}/"
+        assert (await http.post(url)).text == "ok"
+
+
+async def test_of_several_addresses_the_error_of_the_first_one_is_told(
+    tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("model.test").configure_cert(context)
+    # Nobody is at the second one, which is no news of the service.
+    names["model.test"] = ["127.0.0.1", "127.0.0.4"]
+    async with serving(answering(OK), context) as server, client(server) as http:
+        with pytest.raises(httpx2.ConnectError, match="certificate"):
+            await http.post(f"https://model.test:{server.port}/")

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 from fakeredis import FakeAsyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from chaos.proxy import Proxy
 from cli.processes import free_port
@@ -323,12 +326,29 @@ async def test_a_log_that_takes_too_long_for_one_reply_is_read_whole_all_the_sam
         running_redis(redis_server.argv[0], tmp_path, "--port", str(port)) as server,
         connect(server.url) as redis,
         SlowLink(port) as link,
-        connect(f"redis://127.0.0.1:{link.port}/0", reply_seconds=0.3) as slow,
+        connect(f"redis://127.0.0.1:{link.port}/0", reply_seconds=0.6) as slow,
     ):
         claim = await claimed(redis)
         for first in range(0, 2400, 100):
-            await append(make_log(redis), claim, first, [entry(TEXT, 1024 * "x")] * 100)
+            await append(make_log(redis), claim, first, [entry(TEXT, 2048 * "x")] * 100)
         assert len(await make_log(slow).read(claim.stream_id)) == 1 + 2400
+
+
+async def test_a_redis_that_hangs_costs_a_reader_one_time_limit(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with (
+        running_redis(redis_server.argv[0], tmp_path) as server,
+        connect(server.url, reply_seconds=0.5) as redis,
+    ):
+        claim = await claimed(redis)
+        server.process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(RedisTimeoutError):
+            await make_log(redis).read(claim.stream_id)
+        waited = time.monotonic() - begun
+        server.process.send_signal(signal.SIGCONT)
+    assert waited < 2 * 0.5
 
 
 async def test_what_is_published_is_what_stands_in_the_log(redis: Redis, log: Log) -> None:

@@ -180,6 +180,7 @@ def test_who_asks_the_model_for_nothing_needs_no_key(
         "http://127.0.0.1:99999",
         "https://my resource.openai.azure.com",
         "https://https://x",
+        "https://name..openai.azure.com",
         "https://x/openai/deployments/gpt/chat/completions?api-version=2024-10-21",
         "https://x/openai/v1/chat/completions",
         "https://x/?api-version=2024-10-21",

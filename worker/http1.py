@@ -9,7 +9,6 @@ import asyncio
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 
 import httptools
 import httpx2
@@ -106,18 +105,28 @@ class Http1(httpx2.AsyncBaseTransport):
             self._ssl = httpx2.create_ssl_context()
         try:
             async with asyncio.timeout(self._connect_seconds):
-                *others, last = await self._lookups.addresses(host)
-                # One that does not answer, by a broken route, must leave time for all behind it.
-                seconds = min(ADDRESS_SECONDS, self._connect_seconds / (len(others) + 1))
-                for address in others:
-                    with suppress(OSError):
-                        async with asyncio.timeout(seconds):
-                            return await self._connect_to(address, origin)
-                return await self._connect_to(last, origin)
+                return await self._connect_to_any(await self._lookups.addresses(host), origin)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout("nobody took the connection") from error
         except OSError as error:
             raise httpx2.ConnectError(str(error)) from error
+
+    async def _connect_to_any(self, addresses: list[str], origin: Origin) -> "_Connection":
+        """Raises the error of the first one if none takes it: what stands behind that may be out of
+        reach from here at any time, as an address of IPv6 is, and says nothing of the server."""
+        # One that does not answer, by a broken route, must leave time for all behind it.
+        seconds = min(ADDRESS_SECONDS, self._connect_seconds / len(addresses))
+        failure: OSError | None = None
+        try:
+            for address in addresses:
+                try:
+                    async with asyncio.timeout(seconds if address != addresses[-1] else None):
+                        return await self._connect_to(address, origin)
+                except OSError as error:
+                    failure = failure or error
+            raise failure or OSError("it has no address")
+        finally:
+            del failure  # With this frame it would be in a cycle.
 
     async def _connect_to(self, address: str, origin: Origin) -> "_Connection":
         scheme, host, port = origin

@@ -17,6 +17,9 @@ FILES = {
 }
 
 
+_CACHING = StaticFiles()
+
+
 def routes() -> list[Route]:
     return [Route(path, _serve) for path in FILES]
 
@@ -28,6 +31,6 @@ def _serve(request: Request) -> Response:
     # A page out of a cache might not fit the server that it talks to.
     headers = {"cache-control": "no-cache"}
     file = FileResponse(path, headers=headers, media_type=media_type, stat_result=path.stat())
-    if StaticFiles().is_not_modified(file.headers, request.headers):
+    if _CACHING.is_not_modified(file.headers, request.headers):
         return NotModifiedResponse(file.headers)
     return file
