@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -122,8 +123,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.cors_origins = settings.cors_origins
     app.allowed_hosts = _allowed_hosts(settings)
+    app.model = model
     problems.install(app, SHAPES)
-    app.openapi = partial(docs.described, app, model)  # type: ignore[method-assign]
     for native in (router, metrics.router):
         app.include_router(native, tags=["Native"])
     for openai in (chat_completions.router, chat_completions.azure, responses.router):
@@ -143,6 +144,10 @@ class _Api(FastAPI):
     cors_origins = ""
     allowed_hosts: frozenset[str] | None = None
     """None for any."""
+    model = ANY_MODEL
+
+    def openapi(self) -> dict[str, Any]:
+        return docs.described(super().openapi(), self.model)
 
     def build_middleware_stack(self) -> ASGIApp:
         stack: ASGIApp = Shortcut(super().build_middleware_stack())

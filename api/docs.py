@@ -3,7 +3,6 @@ have it from a CDN, and be blank where that is out of reach."""
 
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
@@ -15,13 +14,13 @@ from api.caching import CacheControl
 ASSETS = "/docs/assets"
 
 
-def described(app: FastAPI, model: str) -> dict[str, Any]:
-    """The OpenAPI document, whose examples ask for this model: with another they would be refused.
+def described(document: dict[str, Any], model: str) -> dict[str, Any]:
+    """FastAPI's OpenAPI document, changed in place; harmless to repeat. Its examples ask for this
+    model: with another they would be refused.
 
     FastAPI puts a 422 of its own shape to every route with a parameter; here no route has that
     shape, and most have nothing that could be invalid.
     """
-    document = FastAPI.openapi(app)
     schemas = document["components"]["schemas"]
     for methods in [*document["paths"].values(), *document["webhooks"].values()]:
         for operation in methods.values():

@@ -176,7 +176,7 @@ class Piped(Redis):
 def was_refused(redis: Redis) -> bool:
     """Whether a replica has refused this client a write since that was asked last; known when the
     next connection stands."""
-    assert isinstance(redis, Piped)  # noqa: S101
+    assert isinstance(redis, Piped)  # noqa: S101 - connect makes no other
     refused, redis.refused = redis.refused, False
     return refused
 

@@ -317,12 +317,18 @@ async def test_the_status_tells_the_place_in_the_queue(api: httpx2.AsyncClient) 
     assert statuses[0]["text"] == ""
 
 
-async def test_a_stream_that_ends_while_it_is_looked_at_is_told_as_one_that_has_or_has_not(
-    api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def begun(redis: Redis) -> Writer:
+    """Of a new stream, which has `started`."""
     writer = Writer(redis)
     await writer.create()
     await writer.begin()
+    return writer
+
+
+async def test_a_stream_that_ends_while_it_is_looked_at_is_told_as_one_that_has_or_has_not(
+    api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = await begun(redis)
     looks = 0
 
     def ending(look: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -351,9 +357,7 @@ async def test_a_stream_can_be_looked_at_whatever_its_model_service_said(
     deep: Any = "\ud83d"
     for _ in range(300):
         deep = {"deeper": deep}
-    writer = Writer(redis)
-    await writer.create()
-    await writer.begin()
+    writer = await begun(redis)
     await writer.append(entry(COMPLETED, {"finish_reason": "stop", "usage": deep}))
     response = await api.get(f"/streams/{writer.stream_id}")
     assert response.headers["content-type"] == "application/json"
@@ -384,9 +388,7 @@ async def test_erased_means_erased(api: httpx2.AsyncClient, redis: Redis) -> Non
 async def test_what_is_erased_is_shown_no_more_where_that_was_asked_though_nothing_is_heard_there(
     api: httpx2.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = Writer(redis)
-    await writer.create()
-    await writer.begin()
+    writer = await begun(redis)
     await writer.finish()
     assert (await api.get(f"/streams/{writer.stream_id}/events")).status_code == 200
     monkeypatch.setattr(Hub, "_obey", lambda *_: None)
