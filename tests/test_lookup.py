@@ -59,7 +59,7 @@ async def test_all_who_ask_for_a_name_share_the_lookup_that_is_under_way_and_non
     await asyncio.sleep(0)  # In which all of them begin.
     asking.pop(0).cancel()
     asking.append(asyncio.create_task(lookups.addresses("known.test")))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # In which the last one begins.
     known.answered.set()
     async with asyncio.timeout(5):
         assert await asyncio.gather(*asking) == [["127.0.0.3", "127.0.0.2"]] * 3
@@ -71,7 +71,7 @@ async def test_all_who_ask_for_a_name_share_the_lookup_that_is_under_way_and_non
 async def test_of_a_name_that_is_not_known_all_who_ask_are_told(unknown: Stalled) -> None:
     lookups = Lookups()
     asking = [asyncio.create_task(lookups.addresses("unknown.test")) for _ in range(2)]
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # In which both begin.
     unknown.answered.set()
     for each in asking:
         with pytest.raises(socket.gaierror, match="not known"):
