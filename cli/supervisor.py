@@ -194,8 +194,9 @@ async def _forward(process: Process, until: str | None = None) -> bool:
     """Pass on what a piped child prints, up to a line that begins with `until`, or to its end;
     whether there was such a line."""
     while process.stdout and (line := (await process.stdout.readline()).decode(errors="replace")):
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # A full disk under it must not end what is served.
+            sys.stdout.write(line)
+            sys.stdout.flush()
         if until is not None and line.startswith(until):
             return True
     return False

@@ -137,7 +137,12 @@ async def up(settings: Settings, console: Console) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
-        failure = await supervisor.run(lambda: describe(console, settings, port, redis))
+
+        def announce() -> None:
+            with contextlib.suppress(OSError):  # All is ready, though nobody can be told.
+                describe(console, settings, port, redis)
+
+        failure = await supervisor.run(announce)
     if failure:
         report(failure)
     return 1 if failure else 0

@@ -331,6 +331,30 @@ async def test_a_disk_that_is_full_is_one_sentence_and_exit_code_1() -> None:
     assert (process.returncode, err) == (1, b"relay: [Errno 28] No space left on device\n")
 
 
+async def test_a_full_disk_under_its_output_does_not_end_what_is_served(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    words = shlex.join([*module("cli"), "up", "--port", str(port)])
+    async with asyncio.timeout(40):
+        up = await asyncio.create_subprocess_shell(
+            f"exec {words} >/dev/full",
+            preexec_fn=end_with_parent(),
+            cwd=tmp_path,
+            env=module_env(),
+            stderr=PIPE,
+        )
+        assert up.stderr is not None
+        told = b""
+        while b"event=api_ready" not in told:
+            told += (line := await up.stderr.readline())
+            assert line, told.decode()
+        url = f"http://127.0.0.1:{port}"
+        chat = await relay("chat", prompt(text=["Hello"]), "--url", url, folder=tmp_path)
+        assert (await output(chat)).endswith("Hello\n")
+        up.send_signal(signal.SIGINT)
+        told += await up.stderr.read()
+    assert b"Traceback" not in told
+
+
 async def test_the_version_is_told_and_nothing_else(tmp_path: Path) -> None:
     process = await relay("--version", folder=tmp_path)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
