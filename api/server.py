@@ -262,5 +262,7 @@ _NO_NEWS = (
 
 def _is_news(record: logging.LogRecord) -> bool:
     # A viewer that is broken off on purpose is no error of the application, and an error of the
-    # application has been logged by the application. What is no HTTP anybody may send.
-    return not record.getMessage().startswith(_NO_NEWS)
+    # application has been logged by the application. What is no HTTP anybody may send. At a second
+    # signal the lifespan is cut off.
+    message = record.getMessage()
+    return not message.startswith(_NO_NEWS) and not message.endswith("CancelledError\n")

@@ -890,12 +890,13 @@ async def test_a_second_signal_ends_at_once_whether_viewers_take_what_they_are_s
             await until(lambda: watches(port, stream_id))
             writer.write(events(await ask(port)))
             await reader.readuntil(b"queued")
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             await until(lambda: answers(port, b"HTTP/1.1 503"))
             assert process.returncode is None
             process.send_signal(number)
             async with asyncio.timeout(5):
-                await process.wait()
+                _, written = await process.communicate()
+    assert b"level=error" not in written
 
 
 async def watches(port: int, stream_id: str) -> bool:
