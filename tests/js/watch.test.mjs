@@ -214,11 +214,11 @@ test("what passes by itself, a page of a proxy and a dead connection are tried a
   const page = (response) => response.writeHead(200, { "content-type": "text/html" }).end("data: <p>\n\n");
   const die = (response) => response.destroy();
   // Whatever brings an event begins the waits anew.
-  const those = [408, 429, 502, 503, page, die].flatMap((each) => [each, started()]);
+  const those = [408, 429, 500, 502, 503, 504, page, die].flatMap((each) => [each, started()]);
   return serving([RETRY, ...those, whole()], async (url, asked) => {
     const { text } = await watched(url);
     assert.equal(text, "Hello");
-    assert.equal(asked.length, 14);
+    assert.equal(asked.length, 18);
   });
 });
 
@@ -239,6 +239,19 @@ for (const [what, retry, ms] of [["seldomer, the longer the server is away", 200
     });
   });
 }
+
+test("its waits grow from a second to five, however long the server is away", async (context) => {
+  const waits = [];
+  const timer = setTimeout;
+  context.mock.method(Math, "random", () => 0);
+  context.mock.method(globalThis, "setTimeout", (then, ms) => {
+    if (ms < 45_000) waits.push(ms); // The others are for silence.
+    return timer(then, ms < 45_000 ? 0 : ms);
+  });
+  const fetch = async () => new Response(null, { status: 503 });
+  await assert.rejects(watched("http://127.0.0.1/", { fetch, tries: 7 }), Unreachable);
+  assert.deepEqual(waits, [1000, 2000, 4000, 5000, 5000, 5000]);
+});
 
 for (const [what, chance, ms] of [["earlier than the server asked for", 0, 400],
   ["together with everybody else", 1, 600]]) {
