@@ -351,6 +351,23 @@ async def test_a_redis_that_hangs_costs_a_reader_one_time_limit(
     assert waited < 2 * 0.5
 
 
+async def test_a_log_that_never_comes_is_an_error_and_not_asked_for_without_end() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            if b"PING" in data:
+                writer.write(b"+PONG\r\n")
+            elif b"EXISTS" in data:
+                writer.write(b":1\r\n")
+
+    async with (
+        asyncio.timeout(5),
+        listening(talk) as port,
+        connect(f"redis://127.0.0.1:{port}", reply_seconds=0.1) as redis,
+    ):
+        with pytest.raises(RedisTimeoutError):
+            await make_log(redis).read(new_stream_id())
+
+
 async def test_what_is_published_is_what_stands_in_the_log(redis: Redis, log: Log) -> None:
     claim = await claimed(redis)
     async with hearing(redis, keys.channel(claim.stream_id)) as messages:
