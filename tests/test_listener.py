@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ReadOnlyError
 
 from cli.redis_server import RedisServer
 from relay.connection import connect
@@ -316,6 +317,23 @@ async def test_it_ends_at_whatever_step_it_is_cancelled(redis: Redis) -> None:
             await asyncio.sleep(0)
         times.append(await end(task))
     assert times == [1] * 30
+
+
+async def test_a_write_that_is_taken_while_no_connection_stands_changes_nothing(
+    redis: Redis,
+) -> None:
+    admin: Any = redis
+    ear = Ear(redis, "a")
+    await admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        with pytest.raises(ReadOnlyError):
+            await redis.delete("key")
+    finally:
+        await admin.execute_command("REPLICAOF", "NO", "ONE")
+    await redis.delete("key")
+    ear.listener.follow()
+    async with running(ear.listener):
+        assert await ear.next() == [("subscribed", "a")]
 
 
 async def test_nobody_need_care_for_losses(redis: Redis) -> None:
