@@ -26,6 +26,7 @@ from tests.conftest import (
     make_claims,
     make_due,
     running_worker,
+    set_state,
     until,
     worker_env,
     worker_process,
@@ -231,6 +232,16 @@ async def test_a_receiver_that_fails_is_told_again_until_it_says_yes(
     assert len({request.body for request in requests}) == 1
     for request in requests:
         verified(request)
+
+
+async def test_a_receiver_believes_what_it_is_told_long_after_the_end(
+    redis: Redis, log: Log, settings: Settings, receiver: Receiver
+) -> None:
+    """The official library takes nothing that was signed more than five minutes ago."""
+    stream_id = await ended(log, receiver.url)
+    await set_state(redis, stream_id, "ended_ms", 1)
+    async with telling(settings):
+        verified(await receiver.request())
 
 
 async def test_a_receiver_that_wants_no_more_is_not_told_again(
