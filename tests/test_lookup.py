@@ -97,6 +97,23 @@ async def test_a_lookup_that_fails_when_all_who_asked_have_left_disturbs_nobody(
     assert told == []
 
 
+def test_a_lookup_that_is_answered_after_the_end_of_its_loop_disturbs_nobody(
+    known: Stalled,
+) -> None:
+    """An error in its thread would stand under what the process said last."""
+
+    async def ask() -> None:
+        async with asyncio.timeout(0):
+            await Lookups().addresses("known.test")
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(ask())
+    known.answered.set()
+    for thread in threading.enumerate():
+        if thread.name == "lookup":
+            thread.join(5)
+
+
 async def test_a_failure_leaves_nothing_to_the_garbage_collector(unknown: Stalled) -> None:
     """With its frames it would hold whoever asked, and the collector hardly ever looks."""
     left: list[weakref.ref[Exception]] = []
