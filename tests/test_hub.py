@@ -671,7 +671,7 @@ async def test_a_viewer_that_leaves_during_the_first_read_leaves_nothing_behind(
     assert hub._listener._channels == {keys.CONTROL}
 
 
-async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_has_one_of_its_own(
+async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_reads_and_hears_alone(
     hub: Hub, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, late = Log.read, []
@@ -686,6 +686,12 @@ async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_has_one_o
         await hub.enter(writer.stream_id)
     feed = await late[0]
     assert [event.kind for event in feed.events] == ["queued"]
+    await writer.begin()
+
+    async def is_heard() -> bool:
+        return feed.begun
+
+    await until(is_heard)
     hub.leave(feed)
 
 
@@ -711,6 +717,22 @@ async def test_nobody_waits_for_a_channel_whose_connection_is_lost(
     await redis.client_kill_filter(_type="pubsub")
     async with asyncio.timeout(2):
         hub.leave(await entering)
+
+
+async def test_whoever_waited_for_a_channel_when_its_connection_was_lost_misses_nothing_later(
+    hub: Hub, writer: Writer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entering = await entering_unheard(hub, writer.stream_id, monkeypatch)
+    hub._listener._channels.add(keys.channel(writer.stream_id))  # As `add` has it do.
+    await redis.client_kill_filter(_type="pubsub")
+    feed = await entering
+    await writer.begin()
+
+    async def has_begun() -> bool:
+        return feed.begun
+
+    await until(has_begun)
+    hub.leave(feed)
 
 
 @pytest.mark.parametrize("read", ["is about to begin", "has begun"])
