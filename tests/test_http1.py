@@ -94,8 +94,11 @@ def answering(*pieces: bytes, keep: bool = True) -> Callable[..., Awaitable[None
         ([b"HTTP/1.0 200 OK\r\n\r\nhello world"], False),
         ([b"HTTP/1.1 103 Early Hints\r\nlink: x\r\ncontent-length: 0\r\n\r\n", CHUNKED,
           b"b\r\nhello world\r\n0\r\n\r\n"], True),
+        ([b"HTTP/1.1 103 Early Hints\r\ncontent-length: 0\r\n\r\n",
+          OK + b"\r\nhello world"], False),
     ],
-    ids=["by length", "chunked", "cut anywhere", "to the end", "HTTP/1.0", "after a notice"],
+    ids=["by length", "chunked", "cut anywhere", "to the end", "HTTP/1.0", "after a notice",
+         "to the end after a notice"],
 )  # fmt: skip
 async def test_an_answer_comes_whole_however_it_is_framed(pieces: list[bytes], keep: bool) -> None:
     async with serving(answering(*pieces, keep=keep)) as server, client(server) as http:
@@ -175,6 +178,17 @@ async def test_a_compressed_answer_is_poured_as_what_it_was() -> None:
     ):
         await pour(response, pieces.append)
     assert b"".join(pieces) == b"hello world"
+
+
+async def test_what_comes_together_with_the_end_of_an_answer_does_not_spoil_it() -> None:
+    pieces: list[bytes] = []
+    async with (
+        serving(answering(OK + b"content-length: 2\r\n\r\nok\r\nand more")) as server,
+        client(server) as http,
+        http.stream("POST", "/") as response,
+    ):
+        await pour(response, pieces.append)
+    assert pieces == [b"ok"]
 
 
 async def test_an_answer_that_breaks_off_is_poured_to_there_and_is_an_error() -> None:
