@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import httpx2
 import pytest
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from relay.client import (
     Update,
 )
 from relay.errors import ConfigurationError
+from tests.listening import silent
 
 ID = "aaaqeayeaudaocajbifqydiob62qkqho"
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n"
@@ -173,8 +175,10 @@ def test_a_watch_comes_back_strictly_after_the_last_event(ends: Callable[..., by
 
 
 def test_an_event_without_an_id_leaves_the_cursor_where_it_was() -> None:
-    _, requests = watched(stream(STARTED, HEL, event("", "note")), stream(completed("1-3", "Hel")))
-    assert requests[1].headers["last-event-id"] == "1-1"
+    note = event("", "note")
+    _, requests = watched(stream(STARTED, HEL, note), stream(note), stream(completed("1-3", "Hel")))
+    cursors = [request.headers.get("last-event-id") for request in requests]
+    assert cursors == [None, "1-1", "1-1"]
 
 
 def test_started_clears_what_was_seen() -> None:
@@ -400,6 +404,28 @@ def test_where_nobody_ever_was_a_client_soon_gives_up(call: Callable[[Client], o
         assert len(waits) == 1
 
 
+def test_where_nobody_takes_a_connection_a_client_soon_gives_up() -> None:
+    waits: list[float] = []
+    with silent() as port, Client(f"http://127.0.0.1:{port}", sleep=waits.append) as relay:
+        relay._http.timeout = httpx2.Timeout(0.05)
+        with pytest.raises(Unreachable):
+            relay.status(ID)
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["watch", "ask", "status", "cancel"])
+def test_a_connection_that_is_silent_for_too_long_is_dead(
+    call: Callable[[Client], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.client.SILENCE_SECONDS", 0.05)
+    waits: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        with Client(url, tries=3, sleep=waits.append) as relay, pytest.raises(Unreachable):
+            call(relay)
+    assert len(waits) == 2
+
+
 def test_where_somebody_was_a_client_waits_for_who_comes_next() -> None:
     waits: list[float] = []
     with serving(reply(200, RUNNING)) as server, client(server, waits.append) as relay:
@@ -427,7 +453,7 @@ def test_where_answers_bring_nothing_a_client_is_quiet_and_waits_as_it_is_asked_
         with Client(server.url, sleep=waits.append, report=told.append) as client:
             assert shown(list(client.watch(ID))) == "Hel"
         assert len(waits) == 5
-        assert min(waits) >= 1.5
+        assert all(1.5 <= wait <= LONGEST_WAIT_SECONDS for wait in waits)
         assert len(told) == 2, "once before something came, and once after"
 
 
