@@ -234,10 +234,10 @@ async def test_an_option_of_the_sdk_in_a_request_cannot_choose_it_either(
     async with answering(refusal(401)) as (url, requests), openai(url) as upstream:
         with suppress(UpstreamError):
             await asked(upstream, {**asking(), **option})
-    for request in requests:
-        head, _, body = request.partition(b"\r\n\r\n")
-        assert b"theirs" not in head
-        assert json.loads(body)["model"] == "gpt"
+    [request] = requests
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert b"theirs" not in head
+    assert json.loads(body)["model"] == "gpt"
 
 
 def test_the_sdk_knows_every_field_that_the_api_accepts() -> None:
