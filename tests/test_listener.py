@@ -319,11 +319,9 @@ async def test_it_ends_at_whatever_step_it_is_cancelled(redis: Redis) -> None:
     assert times == [1] * 30
 
 
-async def test_a_write_that_is_taken_while_no_connection_stands_changes_nothing(
-    redis: Redis,
-) -> None:
+async def fail_over(redis: Redis) -> None:
+    """A write is refused, and the next one taken, as by another master."""
     admin: Any = redis
-    ear = Ear(redis, "a")
     await admin.execute_command("REPLICAOF", "127.0.0.1", "1")
     try:
         with pytest.raises(ReadOnlyError):
@@ -331,6 +329,23 @@ async def test_a_write_that_is_taken_while_no_connection_stands_changes_nothing(
     finally:
         await admin.execute_command("REPLICAOF", "NO", "ONE")
     await redis.delete("key")
+
+
+async def test_after_a_failover_it_connects_anew_and_once(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    async with running(ear.listener):
+        await ear.next()
+        await fail_over(redis)
+        ear.listener.follow()
+        assert await ear.next(2) == [("lost",), ("subscribed", "a")]
+        ear.listener.follow()
+        await redis.publish("a", "x")
+        assert await ear.next() == [("heard", "a", b"x")]
+
+
+async def test_a_failover_while_no_connection_stands_changes_nothing(redis: Redis) -> None:
+    ear = Ear(redis, "a")
+    await fail_over(redis)
     ear.listener.follow()
     async with running(ear.listener):
         assert await ear.next() == [("subscribed", "a")]
