@@ -406,6 +406,19 @@ async def test_an_expired_stream_is_gone_and_not_empty(settings: Settings, redis
         assert code(await api.get(f"/streams/{stream_id}/events"), 410) == "stream_gone"
 
 
+async def test_a_cursor_at_what_stands_so_far_is_answered_by_all_that_follows(
+    api: httpx2.AsyncClient,
+) -> None:
+    """By 204 an EventSource would end for good."""
+    events = f"/streams/{await ask(api)}/events"
+    async with api.stream("GET", events, headers={"last-event-id": "0-1"}) as response:
+        assert response.status_code == 200
+        await api.post(events.replace("/events", "/cancel"))
+        said = await response.aread()
+    assert b"event: cancelled" in said
+    assert b"event: queued" not in said
+
+
 async def test_a_cursor_at_the_terminal_event_is_answered_by_204(
     api: httpx2.AsyncClient,
 ) -> None:
