@@ -19,7 +19,7 @@ from emulator.app import Emulator
 from emulator.script import prompt
 from relay import keys
 from relay.settings import Settings
-from tests.conftest import running_api, running_worker, text_of, until, watch
+from tests.conftest import claim_one, running_api, running_worker, text_of, until, watch
 from tests.corpus import LOOKUP
 from tests.test_chat_completions import parameters
 
@@ -219,6 +219,16 @@ async def test_a_cancel_ends_the_upstream_and_every_viewer_and_keeps_the_text(
         await record.over.wait()
     assert record.outcome == "disconnected"
     assert await sdk.responses.cancel(created.response.id) == cancelled
+
+
+async def test_a_cancel_that_no_worker_hears_of_in_time_tells_how_the_response_stands(
+    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.responses.CANCEL_SECONDS", 0.01)
+    async with running_api(settings) as http, client(http) as sdk:
+        response_id = (await sdk.responses.create(**asking(), background=True)).id
+        await claim_one(redis)
+        assert (await sdk.responses.cancel(response_id)).status == "queued"
 
 
 async def test_a_response_that_waits_is_cancelled_at_once(settings: Settings) -> None:
