@@ -96,8 +96,7 @@ class _Counts(Collector):
         yield _histogram("answer", what, self._load.answer)
         what = "Times that a worker asked the model service again"
         retries = CounterMetricFamily("relay_upstream_retries", what, labels=["code"])
-        # An alert is on this one: a rate would not know of a first one without a 0.
-        for code, count in ({"upstream_rate_limited": 0} | self._load.retries).items():
+        for code, count in self._load.retries.items():
             retries.add_metric([code], count)
         yield retries
 

@@ -78,6 +78,30 @@ class StreamLost(RelayError):
     code = "stream_lost"
 
 
+UPSTREAM_CODES = frozenset(
+    {
+        "upstream_denied",
+        "upstream_failed",
+        "upstream_garbled",
+        "upstream_incomplete",
+        "upstream_missing",
+        "upstream_rate_limited",
+        "upstream_refused",
+        "upstream_timeout",
+        "upstream_unavailable",
+        "upstream_unreachable",
+    }
+)
+FAILURE_CODES = UPSTREAM_CODES | {
+    "answer_timeout",
+    "content_filter",
+    "internal",
+    "interrupted",
+    "queue_timeout",
+}
+"""What a `failed` in a log may have as its `code`."""
+
+
 class UpstreamError(RelayError):
     """The answer cannot be completed. `code` says why and is what viewers see in `failed`; `cause`
     is for log lines alone, and empty where the code says it all."""

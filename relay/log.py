@@ -15,8 +15,25 @@ from redis.typing import EncodableT
 from relay import keys
 from relay.connection import script
 from relay.durations import Histogram, histogram
-from relay.errors import IdempotencyConflict, QueueFull, StreamGone, StreamLost
-from relay.events import QUEUED, TERMINAL, Cursor, Event, fitting, to_json
+from relay.errors import (
+    FAILURE_CODES,
+    UPSTREAM_CODES,
+    IdempotencyConflict,
+    QueueFull,
+    StreamGone,
+    StreamLost,
+)
+from relay.events import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    QUEUED,
+    TERMINAL,
+    Cursor,
+    Event,
+    fitting,
+    to_json,
+)
 from relay.ids import new_stream_id
 from relay.settings import Settings
 
@@ -307,7 +324,9 @@ class Log:
             pipe.hgetall(keys.RETRIES)
             answers = await pipe.execute()
         time, queued, first, running, webhooks, swept, signs, counts, retried = answers
-        ended = {(kind, ""): 0 for kind in sorted(TERMINAL)}
+        # With a 0 for each, as no rate would know of a first one without.
+        ended = {(COMPLETED, ""): 0, (CANCELLED, ""): 0}
+        ended |= {(FAILED, code): 0 for code in sorted(FAILURE_CODES)}
         took: dict[str, dict[str, int]] = {"first_chunk": {}, "answer": {}}
         for name, count in counts.items():
             what, _, which = name.decode().partition(" ")
@@ -325,7 +344,8 @@ class Log:
             ended=ended,
             first_chunk=histogram(took["first_chunk"]),
             answer=histogram(took["answer"]),
-            retries={code.decode(): int(count) for code, count in retried.items()},
+            retries=dict.fromkeys(sorted(UPSTREAM_CODES), 0)
+            | {code.decode(): int(count) for code, count in retried.items()},
         )
 
     async def silent_seconds(self) -> float:
