@@ -59,6 +59,27 @@ def test_every_code_of_a_problem_stands_in_the_readme() -> None:
     assert set(TITLES) <= set(re.findall(r"`([a-z_]+)`", section))
 
 
+def test_every_code_of_a_failure_stands_in_the_readme_and_is_one() -> None:
+    named = read("README.md").split("In `failed` events: ")[1].split(".")[0]
+    told_to_viewers_alone = {"stream_gone"}
+    assert set(re.findall(r"`([a-z_]+)`", named)) == errors.FAILURE_CODES | told_to_viewers_alone
+    code = [path.read_text() for name in ("relay", "worker") for path in (ROOT / name).glob("*.py")]
+    raised = set(re.findall(r'"(upstream_[a-z_]+)"', "".join(code))) - {"upstream_retry"}
+    assert raised == errors.UPSTREAM_CODES
+
+
+async def test_every_alert_is_on_what_is_told_and_may_be_so(settings: Settings) -> None:
+    rules = yaml.safe_load(read("docs/alerts.yml"))["groups"][0]["rules"]
+    expressions = " ".join(rule["expr"] for rule in rules)
+    async with running_api(settings) as api:
+        told = (await api.get("/metrics")).text
+    names = set(re.findall(r"\b(?:relay|process)_[a-z_]+", expressions))
+    assert len(names) > 10
+    assert names <= set(re.findall(r"^[a-z_]+", told, re.MULTILINE))
+    for codes in re.findall(r'code=~"([a-z_|]+)"', expressions):
+        assert set(codes.split("|")) <= set(re.findall(r'code="([a-z_]+)"', told))
+
+
 PROMISED = [
     ("README.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
     ("README.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),
