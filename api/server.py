@@ -218,7 +218,7 @@ def _bound(peer: socket.socket, write_seconds: float) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        milliseconds = min(int(write_seconds * 1000), 2**31 - 1)
+        milliseconds = max(1, int(min(write_seconds * 1000, 2**31 - 1)))  # 0 would be no bound.
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 

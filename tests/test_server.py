@@ -503,18 +503,21 @@ async def test_a_response_whose_rest_is_never_taken_does_not_keep_its_connection
 
 
 @LINUX
+@pytest.mark.parametrize(
+    ("write_seconds", "milliseconds"), [(7.5, 7500), (1e308, 2**31 - 1), (1e-308, 1)]
+)
 async def test_the_kernel_is_told_to_find_peers_that_vanished_and_to_hold_little_for_them(
-    settings: Settings,
+    settings: Settings, write_seconds: float, milliseconds: int
 ) -> None:
     async with (
-        serving(changed(settings, write_seconds=7.5)) as served,
+        serving(changed(settings, write_seconds=write_seconds)) as served,
         connected(served.port) as (reader, writer),
     ):
         writer.write(get("/healthz"))
         await reader.readuntil(b"}")
         (connection,) = served.connections
         peer = connection.transport.get_extra_info("socket")
-        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7500
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == milliseconds
         assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * SEND_BYTES
