@@ -65,6 +65,7 @@ class Message(_NullIsNothing):
     reasoning_content: str | None = None
     reasoning: str | None = None
     reasoning_details: ListOf[JsonObject] | None = None
+    images: ListOf[JsonObject] | None = None
     # Azure refuses them where they come back.
     annotations: ListOf[JsonObject] | None = Field(
         None, exclude=True, description="Of an earlier answer; the model does not see them."

@@ -135,6 +135,7 @@ async def test_the_sync_sdk_streams_and_waits_too(stack: httpx2.AsyncClient) -> 
         {"reasoning_content": "Hm."},
         {"reasoning": "Hm."},
         {"reasoning": "Hm.", "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}]},
+        {"images": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]},
     ],
 )
 async def test_an_answer_is_sent_back_as_it_came_and_only_what_is_no_input_is_left_out(
