@@ -23,6 +23,7 @@ from relay.events import (
     first_choice_text,
     from_json,
     join_text,
+    parts_of,
     text_in,
     to_json,
 )
@@ -249,7 +250,10 @@ class Expander:
 
 
 def reasoning_of(delta: Chunk) -> str:
-    """What the model thinks before it answers. Servers have two names for it; some send both."""
+    """What the model thinks before it answers. Servers have two names for it; some send both.
+    Mistral has it in parts of the content."""
+    if isinstance(content := delta.get("content"), list):
+        return "".join(text_in(part, "thinking") for part in parts_of(content, "thinking"))
     return text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
 
 

@@ -131,10 +131,18 @@ def first_choice_text(chunk: dict[str, Any]) -> str:
 
 
 def text_in(delta: dict[str, Any], name: str) -> str:
-    """Of a part of the answer; empty where there is none, or another thing than text: some servers
-    send a list of parts, which only the wires that tell whole chunks can pass on."""
+    """Of a part of the answer; empty where there is none, or another thing than text. Mistral sends
+    lists of parts: what else those have, only the wires that tell whole chunks can pass on."""
     text = delta.get(name)
+    if isinstance(text, list):
+        return "".join(text_in(part, "text") for part in parts_of(text, "text"))
     return text if isinstance(text, str) else ""
+
+
+def parts_of(content: Any, kind: str) -> list[dict[str, Any]]:
+    """Those of one type, of a content that is a list of parts."""
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if isinstance(part, dict) and part.get("type") == kind]
 
 
 def fitting(pieces: Sequence[str | bytes], room: int) -> int:

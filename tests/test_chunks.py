@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.chunks import Chunk, Compactor, Expander, parse, speaks
+from relay.chunks import Chunk, Compactor, Expander, parse, reasoning_of, speaks
 from relay.errors import Garbled, UpstreamError
 from relay.events import (
     COMPLETED,
@@ -27,6 +27,9 @@ from tests.test_events import ANY_TEXT
 
 HEAD: Chunk = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x"}
 FILTERS = {"hate": {"filtered": False, "severity": "safe"}}
+
+
+THINKING: Chunk = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
 
 
 def chunk(*choices: Chunk, **more: Any) -> Chunk:
@@ -350,11 +353,16 @@ def test_an_error_among_the_chunks_is_no_chunk(error: Chunk) -> None:
     assert raised.value.code == "upstream_failed"
 
 
-def test_a_content_of_parts_is_passed_on_whole_and_adds_nothing_to_the_text() -> None:
-    parts = chunk(choice({"content": [{"type": "thinking", "thinking": []}]}))
-    entries = entries_of([parts, said("a"), STOP])
-    assert expanded(entries) == [parts, said("a"), STOP]
-    assert text_in(entries) == "a"
+def test_a_content_of_parts_is_passed_on_whole_and_its_text_counts() -> None:
+    parts = chunk(choice({"content": [THINKING, {"type": "text", "text": "a"}]}))
+    entries = entries_of([parts, said("b"), STOP])
+    assert expanded(entries) == [parts, said("b"), STOP]
+    assert text_in(entries) == "ab"
+
+
+def test_what_stands_in_a_part_of_the_content_as_thinking_is_reasoning() -> None:
+    delta: Chunk = {"content": [THINKING, {"type": "text", "text": "a"}], "reasoning": None}
+    assert reasoning_of(delta) == "Hm."
 
 
 def text_in(entries: list[Entry]) -> str:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,31 @@ def test_what_each_piece_of_reasoning_says_of_itself_stands_once_in_the_whole() 
     piece: Chunk = {"type": "reasoning.text", "format": "openai-responses-v1", "index": 0}
     deltas = ({"reasoning_details": [piece | {"text": text}]} for text in ("Let ", "me see."))
     assert whole(*deltas)["reasoning_details"] == [piece | {"text": "Let me see."}]
+
+
+THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]
+
+
+def parts(*texts: str) -> list[Chunk]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("contents", "content"),
+    [
+        (["", THINKING, parts("Hel"), parts("lo"), ""], [*THINKING, *parts("Hel", "lo")]),
+        (["", THINKING, "Hel", "lo"], [*THINKING, *parts("Hel", "lo")]),
+        (["Hel", parts("lo")], parts("Hel", "lo")),
+    ],
+)
+def test_a_content_of_parts_and_strings_is_told_whole_and_its_text_as_text(
+    contents: list[Any], content: list[Chunk]
+) -> None:
+    deltas = [{"content": content} for content in contents]
+    assert whole(*deltas)["content"] == content
+    entries = [entry(WHOLE, {"chunk": {"choices": [{"index": 0, "delta": d}]}}) for d in deltas]
+    encode = text.encoder()
+    assert b"".join(encode(Event(CURSOR, *each)) for each in entries) == b"Hello"
 
 
 def with_logprobs(count: int) -> list[Chunk]:

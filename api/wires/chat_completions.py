@@ -168,8 +168,18 @@ def _merge(whole: Chunk, part: Chunk) -> None:
             _merge(known, value)
         elif isinstance(known, list) and isinstance(value, list):
             _merge_lists(known, value)
+        elif isinstance(known, str | list) and isinstance(value, str | list):
+            whole[key] = _as_parts(known)
+            _merge_lists(whole[key], _as_parts(value))
         else:
             whole[key] = value
+
+
+def _as_parts(content: str | list[Any]) -> list[Any]:
+    """Mistral sends strings and lists as the content of one answer."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content
 
 
 def _merge_lists(known: list[Any], parts: list[Any]) -> None:
