@@ -134,9 +134,9 @@ def text_in(delta: dict[str, Any], name: str) -> str:
     """Of a part of the answer; empty where there is none, or another thing than text. Mistral sends
     lists of parts: what else those have, only the wires that tell whole chunks can pass on."""
     text = delta.get(name)
-    if isinstance(text, list):
-        return "".join(text_in(part, "text") for part in parts_of(text, "text"))
-    return text if isinstance(text, str) else ""
+    if isinstance(text, str):
+        return text
+    return "".join(text_in(part, "text") for part in parts_of(text, "text"))
 
 
 def parts_of(content: Any, kind: str) -> list[dict[str, Any]]:
