@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from api import openai_errors
@@ -166,9 +166,12 @@ class Retrieval(BaseModel):
     include_obfuscation: Literal["false"] | None = Field(
         None, description="As in `stream_options`: there is none."
     )
-    include: Included = Field([], description="As POST /v1/responses takes it.")
-    include_by_sdk: Included = Field(
-        [], alias="include[]", description="The same, as the SDK spells a list."
+    # With brackets as the SDK spells a list; the OpenAPI document has the first name alone, since
+    # generators make one name of both, and refuse that.
+    include: Included = Field(
+        [],
+        validation_alias=AliasChoices("include", "include[]"),
+        description="As POST /v1/responses takes it.",
     )
 
 

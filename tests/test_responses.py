@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -633,6 +634,16 @@ async def test_who_looks_at_a_response_may_ask_for_what_who_created_it_may(
     assert seen.output_text == "0 "
     by_hand = {"include": "reasoning.encrypted_content"}
     assert (await api.get(f"/v1/responses/{created.id}", params=by_hand)).json() == seen.to_dict()
+
+
+async def test_the_openapi_document_has_no_two_parameters_of_which_generators_make_one_name(
+    api: httpx2.AsyncClient,
+) -> None:
+    paths = (await api.get("/openapi.json")).json()["paths"]
+    for operation in (each for methods in paths.values() for each in methods.values()):
+        names = [re.sub(r"\W", "", each["name"]) for each in operation.get("parameters", ())]
+        assert len(set(names)) == len(names), names
+    assert "/v1/responses/{response_id}" in paths
 
 
 async def test_any_other_model_is_refused(sdk: AsyncOpenAI) -> None:
