@@ -165,6 +165,39 @@ def test_reasoning_is_an_item_of_its_own_before_the_message(name: str) -> None:
     ]
 
 
+CALL = {"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize("other", [{"content": "Yes."}, {"refusal": "No."}, CALL])
+def test_a_thought_is_over_when_something_else_begins_and_a_later_one_is_another_item(
+    other: Chunk,
+) -> None:
+    thoughts: list[Chunk] = [{"reasoning": "H"}, {"reasoning": "m."}]
+    events = log([*deltas(*thoughts, other, {"reasoning": "Oh."}), END])
+    told = frames(events)
+    state: ResponseStreamState[Any] = ResponseStreamState(input_tools=omit, text_format=omit)
+    for frame in told:
+        state.handle_event(SDK_EVENT.validate_python(frame))
+    first = next(frame for frame in told if frame["type"] == "response.output_item.done")
+    assert (first["item"]["status"], text_of(first["item"])) == ("completed", "Hm.")
+    following = told[told.index(first) + 1]
+    assert (following["type"], following["output_index"]) == ("response.output_item.added", 1)
+    thought, _, later = told[-1]["response"]["output"]
+    assert thought == first["item"]
+    assert (later["type"], text_of(later)) == ("reasoning", "Oh.")
+    statuses = [item["status"] for item in fold(BORN, events[:-1])["output"]]
+    assert statuses == ["completed", "in_progress", "in_progress"]
+
+
+def test_a_thought_that_was_over_stays_so_when_the_answer_fails() -> None:
+    failed = entry(FAILED, {"code": "interrupted", "message": "Sorry.", "retryable": False})
+    told = frames(log([*deltas({"reasoning": "Hm."}, {"content": "Yes"}), failed]))
+    statuses = [item["status"] for item in told[-1]["response"]["output"]]
+    assert statuses == ["completed", "incomplete"]
+    done = [frame for frame in told if frame["type"] == "response.output_item.done"]
+    assert [frame["output_index"] for frame in done] == [0, 1]
+
+
 def test_a_content_that_is_no_text_is_passed_over() -> None:
     told = frames(log([*deltas({"content": [{"type": "thinking"}]}, {"content": "Yes."}), END]))
     output = told[-1]["response"]["output"]

@@ -185,13 +185,14 @@ class _Call(_Item):
 
 
 class _Response:
-    """One response as its log grows. Items stay open until their attempt is over: the pieces of
-    several may come in turn."""
+    """One response as its log grows. Items stay open until their attempt is over, since the pieces
+    of several may come in turn; but a thought ends where something else begins."""
 
     def __init__(self, born: Born) -> None:
         self._born = born
         self._expander = Expander()
-        self._items: dict[str, _Item] = {}
+        self._output: list[_Item] = []
+        self._open: dict[str, _Item] = {}
         self._newest_call: int | str = 0
         self._begun = 0
         self._status = QUEUED
@@ -209,7 +210,7 @@ class _Response:
             yield "queued", {"response": self.whole()}
         elif event.kind == STARTED:
             yield from self._close("incomplete")
-            self._items = {}
+            self._output = []
             self._status = "in_progress"
             yield "in_progress", {"response": self.whole()}
         elif event.terminal:
@@ -227,7 +228,7 @@ class _Response:
             "instructions": None,
             "metadata": {},
             "model": self._born.model,
-            "output": [item.whole() for item in self._items.values()],
+            "output": [item.whole() for item in self._output],
             "parallel_tool_calls": True,
             "tool_choice": "auto",
             "tools": [],
@@ -243,7 +244,7 @@ class _Response:
             delta = choice.get("delta") or {}
             if text := reasoning_of(delta):
                 yield from self._item("reasoning", "rs", "reasoning", {"summary": []})
-                yield from self._items["reasoning"].grow("reasoning_text", text)
+                yield from self._open["reasoning"].grow("reasoning_text", text)
             yield from self._message("output_text", text_in(delta, "content"))
             yield from self._message("refusal", text_in(delta, "refusal"))
             for call in delta.get("tool_calls") or ():
@@ -252,7 +253,7 @@ class _Response:
     def _message(self, kind: str, text: str) -> _Frames:
         if text:
             yield from self._item("message", "msg", "message", {"role": "assistant"})
-            yield from self._items["message"].grow(kind, text)
+            yield from self._open["message"].grow(kind, text)
 
     def _call(self, call: Chunk) -> _Frames:
         function = call.get("function") or {}
@@ -262,22 +263,26 @@ class _Response:
         call_id = call.get("id") or self._born.item_id("call", self._begun)
         yield from self._item(key, "fc", "function_call", {"call_id": call_id, "name": name})
         if text := function.get("arguments"):
-            yield from self._items[key].grow("arguments", text)
+            yield from self._open[key].grow("arguments", text)
 
     def _item(self, key: str, prefix: str, kind: str, fields: Chunk) -> _Frames:
         """Begin an item, if it has not begun. Its index is never another attempt's."""
-        if key in self._items:
+        if key in self._open:
             return
+        if thought := self._open.pop("reasoning", None):
+            yield from thought.close("completed")
         item_id, index = self._born.item_id(prefix, self._begun), self._begun
         is_call = kind == "function_call"
         item = _Call(item_id, index, fields) if is_call else _Item(kind, item_id, index, fields)
-        self._items[key] = item
+        self._output.append(item)
+        self._open[key] = item
         self._begun += 1
         yield from item.added()
 
     def _close(self, status: str) -> _Frames:
-        for item in self._items.values():
+        for item in self._open.values():
             yield from item.close(status)
+        self._open = {}
 
     def _end(self, event: Event) -> _Frames:
         value = event.value()
