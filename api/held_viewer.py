@@ -1,4 +1,4 @@
-"""A viewer of a wire that can take nothing back: it waits until there is something to say."""
+"""Viewers of what can take nothing back: of one attempt, and of one that waits for its words."""
 
 import asyncio
 
@@ -10,19 +10,51 @@ from api.problems import problem, tell_wait
 from api.viewer import Viewer, Words
 from api.wires import text
 from relay.errors import StreamGone
-from relay.events import CANCELLED, CUT_SHORT, FAILED, STARTED, TEXT, WHOLE, Event
+from relay.events import CANCELLED, CUT_SHORT, FAILED, QUEUED, STARTED, TEXT, WHOLE, Event
 
 
 class Superseded(BrokenOff):
-    """What was written is no longer true, and the wire has no words to take it back."""
+    """What was written, up to this index, is no longer true and cannot be taken back."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
 
 
-class HeldViewer(Viewer):
-    """A wire whose status and headers wait for its first words, so that an answer which ends before
-    them is an error by its status. What it has said cannot be taken back."""
+class OneAttemptViewer(Viewer):
+    """What it has said of an answer cannot be taken back, so with a new attempt it is superseded,
+    before anything of that is written."""
 
     rides_on = frozenset({TEXT, WHOLE})  # At a new attempt it may have to break off.
     _written = False
+
+    def _take(self, index: int) -> tuple[bytes, int]:
+        frames = self._feed.frames(self.wire, index)
+        upto = 0
+        for frame in frames:
+            event = self._feed.events[index + upto]
+            if self._breaks(event):
+                break
+            says = bool(frame) and event.kind not in {QUEUED, STARTED}
+            self._written = self._written or says
+            upto += 1
+        if frames and upto == 0:
+            raise Superseded(index)
+        return b"".join(frames[:upto]), upto
+
+    def _rides(self) -> bool:
+        # What riders write is not seen here, so the attempt after it would be spliced to it.
+        return self._written
+
+    def _breaks(self, event: Event) -> bool:
+        """Whether what was written so far is no longer true."""
+        return event.kind == STARTED and self._written
+
+
+class HeldViewer(OneAttemptViewer):
+    """A wire whose status and headers wait for its first words, so that an answer which ends before
+    them is an error by its status."""
+
     _silent = 0
     """The index up to which the newest attempt has said nothing."""
 
@@ -41,26 +73,6 @@ class HeldViewer(Viewer):
         await self._begin(send)
         await self._follow(send, over)
         await self._end(send)
-
-    def _take(self, index: int) -> tuple[bytes, int]:
-        frames = self._feed.frames(self.wire, index)
-        upto = 0
-        for frame in frames:
-            if self._breaks(self._feed.events[index + upto]):
-                break
-            self._written = self._written or bool(frame)
-            upto += 1
-        if frames and upto == 0:
-            raise Superseded
-        return b"".join(frames[:upto]), upto
-
-    def _rides(self) -> bool:
-        # What riders write is not seen here, so the attempt after it would be spliced to it.
-        return self._written
-
-    def _breaks(self, event: Event) -> bool:
-        """Whether what was written so far is no longer true."""
-        return event.kind == STARTED and self._written
 
     def _speaks(self) -> bool:
         """Whether there is anything to begin with, other than that there will be nothing."""

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from api import openai_errors
 from api.asking import AskingOfRequest, names
 from api.feed import Feed
+from api.held_viewer import OneAttemptViewer, Superseded
 from api.long_response import Exit
 from api.openai_errors import RESPONSES, failure_of, unknown_model
 from api.parts import Parts, PartsOfApp, WhileResponding
@@ -60,33 +61,32 @@ class ResponseViewer(Viewer):
             headers=names(feed.stream_id),
             on_leave=on_leave,
         )
-        self.wire = born
+        self.wire = self._born = born
         self._skip = skip
 
-    async def _respond(
-        self, scope: Scope, receive: Receive, send: Send, over: asyncio.Future[Exit]
-    ) -> None:
-        await self._begin(send)
-        index = 0
-        # From the newest `started` on, which may be another one after each write, all viewers are
-        # alike.
-        while self._feed.gone is None and (missing := self._feed.position(None) - index) > 0:
-            frames = self._feed.frames(self.wire, index)[:missing]
-            index += len(frames)
-            await self._write(send, self._unseen(b"".join(frames)))
-        await self._follow(send, over)
-        await self._end(send)
+    def _beginning(self) -> int:
+        return 0
 
     def _take(self, index: int) -> tuple[bytes, int]:
         body, taken = super()._take(index)
-        return self._unseen(body), taken
+        unseen, self._skip = codec.after(body, self._skip)
+        return unseen, taken
 
     def _rides(self) -> bool:
-        return self._skip == 0
+        return self._skip == 0 and super()._rides()
 
-    def _unseen(self, body: bytes) -> bytes:
-        unseen, self._skip = codec.after(body, self._skip)
-        return unseen
+
+class PlainViewer(ResponseViewer, OneAttemptViewer):
+    """The events for who asked for a stream alone. Frameworks take the text of all items together,
+    and would splice a new attempt to the last: it ends in a failure instead. The answer goes on,
+    and is retrieved by its id."""
+
+    async def _follow(self, send: Send, over: asyncio.Future[Exit]) -> None:
+        try:
+            await super()._follow(send, over)
+        except Superseded as superseded:
+            told = self._feed.events[: superseded.index]
+            await self._write(send, codec.interrupted(self._born, told))
 
 
 def _refusal(status: int, code: str, message: str) -> Response:
@@ -128,7 +128,8 @@ _OF_ONE: dict[int | str, dict[str, Any]] = {
 @router.post("", summary="OpenAI's responses", response_class=Response, responses=_ANSWERS)
 async def create(request: Request, body: ResponsesRequest, asking: AskingOfRequest) -> Response:
     """Queue a job and answer at once (`background`), with events (`stream`), or when it has ended.
-    Without `background`, what fails before it began is an error by its status, also with `stream`.
+    Without `background`, what fails before it began is an error by its status, also with `stream`,
+    and a stream ends as failed (`interrupted`) if the answer is begun anew after its first words.
     Dropping the connection does not stop the answer, unless X-On-Disconnect asks for it."""
     parts = asking.parts
     if body.model != parts.model:
@@ -151,7 +152,8 @@ async def create(request: Request, body: ResponsesRequest, asking: AskingOfReque
         if not (feed.begun or left) and (failure := failure_of(feed, _refusal)):
             failure.headers.update(names(feed.stream_id))
             return failure
-    return ResponseViewer(parts, feed, born, on_leave=asking.on_leave(feed))
+    viewer = ResponseViewer if body.background else PlainViewer
+    return viewer(parts, feed, born, on_leave=asking.on_leave(feed))
 
 
 class Retrieval(BaseModel):

@@ -88,7 +88,7 @@ class Viewer(LongResponse):
                 await self._write(send, words + self.words.gone(feed.gone))
                 return
             if index is None and (self._cursor is None or feed.reaches(self._cursor)):
-                index = feed.position(self._cursor)
+                index = self._beginning()
             # Before `over`: one that has everything gets its proper end, though it must go now.
             if feed.ended and index == len(feed.events):
                 return
@@ -117,6 +117,10 @@ class Viewer(LongResponse):
         if line.full:
             await self._until_taken(send)
         return index
+
+    def _beginning(self) -> int:
+        """The index from which it shows the feed."""
+        return self._feed.position(self._cursor)
 
     def _rides(self) -> bool:
         """Whether the frames of a chunk are to be written as they are."""

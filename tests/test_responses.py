@@ -327,14 +327,14 @@ async def test_an_answer_that_fails_in_the_middle_is_failed_with_what_was_said(
     assert response["output"][0]["status"] == "incomplete"
 
 
-async def test_a_worker_replaced_in_the_middle_of_the_answer_is_never_spliced(
+async def test_in_the_background_a_worker_that_is_replaced_is_told_by_items_and_never_spliced(
     settings: Settings,
 ) -> None:
     async with running_api(settings) as http, client(http) as sdk:
         asked = asking(chunks=40, delay_ms=20)
         async with running_worker(settings):
             waiting = asyncio.ensure_future(sdk.responses.create(**asked))
-            stream = await sdk.responses.create(**asked, stream=True)
+            stream = await sdk.responses.create(**asked, stream=True, background=True)
             seen = [(await anext(stream)).model_dump() for _ in range(12)]
         async with running_worker(settings):
             events = seen + await taken(stream)
@@ -349,6 +349,25 @@ async def test_a_worker_replaced_in_the_middle_of_the_answer_is_never_spliced(
     assert counted(40).startswith(first)
     assert second == whole.output_text == counted(40)
     assert [item["content"][0]["text"] for item in events[-1]["response"]["output"]] == [second]
+
+
+async def test_a_plain_stream_ends_as_failed_when_its_worker_is_replaced_and_the_answer_goes_on(
+    settings: Settings,
+) -> None:
+    """Frameworks would take the text of both attempts together."""
+    async with running_api(settings) as http, client(http) as sdk:
+        async with running_worker(settings):
+            stream = await sdk.responses.create(**asking(chunks=40, delay_ms=20), stream=True)
+            seen = [(await anext(stream)).model_dump() for _ in range(12)]
+        async with running_worker(settings):
+            seen += await taken(stream)
+            last = seen[-1]["response"]
+            whole = await taken(await sdk.responses.retrieve(last["id"], stream=True))
+    assert (last["status"], last["error"]["type"]) == ("failed", "interrupted")
+    [told] = texts(seen)
+    assert counted(40).startswith(told)
+    assert texts(whole)[-1] == counted(40)
+    assert seen[:-1] == whole[: len(seen) - 1], "Each event has its number for every viewer."
 
 
 async def test_a_call_is_made_and_its_output_sent_back_with_the_output_as_it_came(

@@ -19,7 +19,7 @@ from api.long_response import Pace
 from api.multi_viewer import Lane, MultiViewer
 from api.parts import Parts
 from api.presence import Presence
-from api.responses import ResponseViewer
+from api.responses import PlainViewer, ResponseViewer
 from api.viewer import NativeViewer
 from api.wires.responses import Born
 from relay.errors import StreamGone
@@ -533,23 +533,79 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
     assert b"secret" not in taker.body
 
 
+# Of a response.
+
+
+def response_viewer(hub: Hub, redis: Redis, log: Log, kind: type[ResponseViewer]) -> ResponseViewer:
+    settings, store = Settings(), make_log(redis)
+    presence = Presence(hub, store, process="p")
+    parts = Parts(settings, store, hub, presence, settings.webhooks, "m")
+    return kind(parts, log.feed, Born("id", 1, "m"))
+
+
+def delta(**fields: str) -> Entry:
+    return entry(WHOLE, {"chunk": {"choices": [{"index": 0, "delta": fields}]}})
+
+
 async def test_a_response_is_shown_no_further_once_it_goes_away_though_it_was_begun_anew(
     hub: Hub, redis: Redis
 ) -> None:
-    log, settings, store = Log(), Settings(), make_log(redis)
-    chunk = {"choices": [{"index": 0, "delta": {"content": "secret"}}]}
+    log = Log()
     for _ in range(2):
         log.begin_anew()
-        log.add(entry(WHOLE, {"chunk": chunk}))
-    presence = Presence(hub, store, process="p")
-    parts = Parts(settings, store, hub, presence, settings.webhooks, "m")
-    async with viewing(ResponseViewer(parts, log.feed, Born("id", 1, "m"))) as taker:
+        log.add(delta(content="secret"))
+    async with viewing(response_viewer(hub, redis, log, ResponseViewer)) as taker:
         taker.reading.clear()
         await asyncio.sleep(0)  # It has come, and waits until its headers are taken.
         log.feed.end_as_gone(StreamGone("erased"))
         taker.reading.set()
         await taker.has(b"stream_gone")
     assert b"secret" not in taker.body
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_plain_response_ends_as_interrupted_before_anything_of_a_new_attempt_is_told(
+    hub: Hub, redis: Redis, together: bool
+) -> None:
+    log = Log()
+    log.begin_anew()
+    log.add(delta(role="assistant"))
+    async with viewing(response_viewer(hub, redis, log, PlainViewer)) as taker:
+        if not together:
+            await taker.has(b"in_progress")
+            for _ in range(5):  # It has all there is.
+                await asyncio.sleep(0)
+        log.add(delta(content="fir"), *text("st"))
+        if not together:
+            await taker.has(b'"delta":"st"')
+        log.begin_anew()
+        log.add(delta(content="second"), ENDS)
+        await taker.over.wait()
+    assert taker.ended
+    assert b"second" not in taker.body
+    frames = [json.loads(frame.data) for frame in taker.frames]
+    assert [frame["sequence_number"] for frame in frames] == list(range(len(frames)))
+    item, last = frames[-2:]
+    assert (item["type"], item["item"]["status"]) == ("response.output_item.done", "incomplete")
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["type"] == "interrupted"
+    assert last["response"]["output"] == [item["item"]]
+
+
+async def test_a_plain_response_that_is_begun_anew_before_anything_was_told_goes_on(
+    hub: Hub, redis: Redis
+) -> None:
+    log = Log()
+    log.begin_anew()
+    log.add(delta(role="assistant"))
+    async with viewing(response_viewer(hub, redis, log, PlainViewer)) as taker:
+        await taker.has(b"in_progress")
+        log.begin_anew()
+        log.add(delta(content="second"), ENDS)
+        await taker.over.wait()
+    last = json.loads(taker.frames[-1].data)
+    assert (taker.ended, last["type"]) == (True, "response.completed")
+    assert last["response"]["output"][0]["content"][0]["text"] == "second"
 
 
 # Of several streams.

@@ -5,13 +5,15 @@ viewer, from every process and at any time, and is found again by it (`after`).
 
 This wire cannot take back what it said. A new attempt closes the items of the one before it as
 `incomplete`, and begins items of its own: within one item nothing is ever spliced, and the output
-of the response is that of the newest attempt alone.
+of the response is that of the newest attempt alone. Who would take all items together is told of a
+failure in place of a new attempt (`interrupted`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from api.wires.chat_completions import INTERRUPTED
 from relay.chunks import Chunk, Expander, call_key, reasoning_of
 from relay.events import (
     CANCELLED,
@@ -87,6 +89,14 @@ def fold(born: Born, events: Iterable[Event]) -> Chunk:
         for _ in response.take(event):
             pass
     return response.whole()
+
+
+def interrupted(born: Born, events: Sequence[Event]) -> bytes:
+    """What follows the frames of these events where the next one would begin the answer anew."""
+    encode = born()
+    for event in events:
+        encode(event)
+    return encode(events[-1]._replace(kind=FAILED, data=to_json(INTERRUPTED)))
 
 
 def after(body: bytes, skip: int) -> tuple[bytes, int]:
