@@ -119,18 +119,15 @@ class CallOutputItem(_Item):
 
 
 class ReasoningItem(_Item):
-    """Taken, so that an earlier output can be sent as it came. Of what was thought, a chat
-    completion is told what led to calls: DeepSeek refuses their outputs without it."""
+    """Taken, so that an earlier output can be sent as it came. No chat completion is asked so."""
 
     type: Literal["reasoning"]
     summary: ListOf[JsonObject] = []
     content: ListOf[JsonObject] | None = None
     encrypted_content: str | None = None
 
-    @property
-    def text(self) -> str:
-        texts = [part.get("text") for part in self.content or ()]
-        return "".join(text for text in texts if isinstance(text, str))
+    def add_to(self, messages: list[JsonObject]) -> None:
+        pass
 
 
 def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
@@ -278,16 +275,8 @@ class ResponsesRequest(_Known):
         messages: list[JsonObject] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        thought = ""
         for item in self.input:
-            if isinstance(item, ReasoningItem):
-                thought += item.text
-                continue
             item.add_to(messages)
-            if messages[-1]["role"] != "assistant":
-                thought = ""
-            elif thought and isinstance(item, CallItem):
-                messages[-1]["reasoning_content"] = thought
         fields = {
             "messages": messages,
             "tools": [tool.to_chat() for tool in self.tools] if self.tools else None,

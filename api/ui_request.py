@@ -12,7 +12,7 @@ from relay.errors import BadRequest
 Id = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\n]*$")]
 
 _ROUTING = frozenset({"id", "messages", "trigger", "message_id"})
-_PASSED_OVER = frozenset({"reasoning-file", "source-url", "source-document", "custom"})
+_PASSED_OVER = frozenset({"reasoning", "reasoning-file", "source-url", "source-document", "custom"})
 """Of an answer: what a chat completion does not take back."""
 _DENIED = "The user did not allow this tool call."
 
@@ -110,10 +110,8 @@ def _answered(step: list[tuple[str, JsonObject]]) -> Iterator[JsonObject]:
 
     A call without an output is left out: the upstream refuses a call that nobody answered.
     Nothing comes of a step that failed before it said anything.
-
-    What was thought goes back with calls alone: DeepSeek refuses their outputs without it.
     """
-    thoughts, texts, calls, outputs = [], [], [], []
+    texts, calls, outputs = [], [], []
     for at, part in step:
         kind = part.get("type")
         if not isinstance(kind, str):
@@ -123,14 +121,11 @@ def _answered(step: list[tuple[str, JsonObject]]) -> Iterator[JsonObject]:
             if output is not None:
                 calls.append(call)
                 outputs.append({"role": "tool", "tool_call_id": call["id"], "content": output})
-        elif kind == "reasoning":
-            thoughts += [part["text"]] if isinstance(part.get("text"), str) else []
         elif kind not in _PASSED_OVER:
             texts += [piece["text"] for piece in _content(at, part, "assistant")]
     said = {"role": "assistant", "content": "".join(texts) or None}
     if calls:
-        thought = {"reasoning_content": "".join(thoughts)} if any(thoughts) else {}
-        yield {**said, **thought, "tool_calls": calls}
+        yield {**said, "tool_calls": calls}
     elif said["content"]:
         yield said
     yield from outputs

@@ -481,46 +481,6 @@ async def test_the_model_is_asked_what_the_response_was_asked(
     assert not {"metadata", "store"} & body.keys()
 
 
-def thought(*texts: str) -> dict[str, Any]:
-    content = [{"type": "reasoning_text", "text": text} for text in texts]
-    return {"type": "reasoning", "id": "r", "summary": [], "content": content}
-
-
-def called(call_id: str) -> dict[str, Any]:
-    return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"}
-
-
-async def test_what_was_thought_goes_back_to_the_model_with_the_calls_that_it_led_to(
-    sdk: AsyncOpenAI, emulator: Emulator
-) -> None:
-    asked: Any = [
-        {"role": "user", "content": "Look."},
-        thought("A greeting is due."),
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "And now look."},
-        thought("I had ", "better look."),
-        {"role": "assistant", "content": "I look."},
-        *(called("c"), called("d")),
-        {"type": "function_call_output", "call_id": "c", "output": "1"},
-        {"type": "function_call_output", "call_id": "d", "output": "2"},
-        thought("Once more."),
-        called("e"),
-        {"type": "function_call_output", "call_id": "e", "output": "3"},
-        called("f"),
-        {"type": "function_call_output", "call_id": "f", "output": prompt(chunks=1)},
-    ]
-    await sdk.responses.create(model=MODEL, input=asked)
-    messages = (await emulator.request(0)).body["messages"]
-    said = [message for message in messages if message["role"] == "assistant"]
-    assert [(message["content"], message.get("reasoning_content")) for message in said] == [
-        ("Hello.", None),
-        ("I look.", "I had better look."),
-        (None, "Once more."),
-        (None, None),
-    ]
-    assert [len(message.get("tool_calls", ())) for message in said] == [0, 2, 1, 1]
-
-
 async def test_what_frameworks_send_by_themselves_is_taken_and_the_model_hears_nothing_of_it(
     sdk: AsyncOpenAI, emulator: Emulator
 ) -> None:

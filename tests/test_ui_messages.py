@@ -352,30 +352,6 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
         ),
         (
             "assistant",
-            [
-                {"type": "reasoning", "text": "Not yet."},
-                {"type": "step-start"},
-                {"type": "reasoning", "text": "I had "},
-                {"type": "reasoning", "text": "better look."},
-                {**TOOL, "state": "output-available", "output": "two"},
-            ],
-            [
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "reasoning_content": "I had better look.",
-                    "tool_calls": [CALL],
-                },
-                output("two"),
-            ],
-        ),
-        (
-            "assistant",
-            [{"type": "reasoning"}, {**TOOL, "state": "output-available", "output": "two"}],
-            [{"role": "assistant", "content": None, "tool_calls": [CALL]}, output("two")],
-        ),
-        (
-            "assistant",
             [{**TOOL, "state": "output-available", "output": "two"}],
             [{"role": "assistant", "content": None, "tool_calls": [CALL]}, output("two")],
         ),
