@@ -352,6 +352,7 @@ async def test_a_full_disk_under_its_output_does_not_end_what_is_served(tmp_path
         assert (await output(chat)).endswith("Hello\n")
         up.send_signal(signal.SIGINT)
         told += await up.stderr.read()
+        await up.wait()
     assert b"Traceback" not in told
 
 
