@@ -252,9 +252,11 @@ class Expander:
 def reasoning_of(delta: Chunk) -> str:
     """What the model thinks before it answers. Servers have two names for it; some send both.
     Mistral has it in parts of the content."""
-    if isinstance(content := delta.get("content"), list):
-        return "".join(text_in(part, "thinking") for part in parts_of(content, "thinking"))
-    return text_in(delta, "reasoning_content") or text_in(delta, "reasoning")
+    return (
+        text_in(delta, "reasoning_content")
+        or text_in(delta, "reasoning")
+        or "".join(text_in(part, "thinking") for part in parts_of(delta.get("content"), "thinking"))
+    )
 
 
 def call_key(piece: Chunk, newest: int | str) -> int | str:

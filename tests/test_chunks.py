@@ -27,8 +27,6 @@ from tests.test_events import ANY_TEXT
 
 HEAD: Chunk = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-x"}
 FILTERS = {"hate": {"filtered": False, "severity": "safe"}}
-
-
 THINKING: Chunk = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
 
 
@@ -363,6 +361,7 @@ def test_a_content_of_parts_is_passed_on_whole_and_its_text_counts() -> None:
 def test_what_stands_in_a_part_of_the_content_as_thinking_is_reasoning() -> None:
     delta: Chunk = {"content": [THINKING, {"type": "text", "text": "a"}], "reasoning": None}
     assert reasoning_of(delta) == "Hm."
+    assert reasoning_of({**delta, "content": [], "reasoning_content": "So."}) == "So."
 
 
 def text_in(entries: list[Entry]) -> str:
