@@ -350,6 +350,7 @@ async def test_a_full_disk_under_its_output_does_not_end_what_is_served(tmp_path
         url = f"http://127.0.0.1:{port}"
         chat = await relay("chat", prompt(text=["Hello"]), "--url", url, folder=tmp_path)
         assert (await output(chat)).endswith("Hello\n")
+        assert await chat.wait() == 0
         up.send_signal(signal.SIGINT)
         told += await up.stderr.read()
         await up.wait()

@@ -19,16 +19,21 @@ class Flow:
 
 @asynccontextmanager
 async def lost_line() -> AsyncIterator[Line]:
+    lost = asyncio.Event()
+
+    class Peer(asyncio.Protocol):
+        def connection_lost(self, _: Exception | None) -> None:
+            lost.set()
+
     async def stay(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
 
     async with listening(stay) as port:
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
+        transport, _ = await loop.create_connection(Peer, "127.0.0.1", port)
         line = Line(transport, Flow())
         line.abort()
-        for _ in range(2):  # In which the loop closes it.
-            await asyncio.sleep(0)
+        await lost.wait()
         yield line
 
 

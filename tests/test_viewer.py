@@ -75,6 +75,10 @@ class Log:
         """Whether somebody has everything."""
         return any(self.feed._riders.values())
 
+    async def is_awaited(self) -> bool:
+        """The same, whether it rides or is to be woken."""
+        return bool(self.feed._waiters) or await self.is_ridden()
+
     def begin_anew(self) -> None:
         self._attempt, self._seq = self._attempt + 1, 0
         self.add(entry(STARTED, {"attempt": self._attempt, "model": "m", "envelope": {}}))
@@ -573,8 +577,7 @@ async def test_a_plain_response_ends_as_interrupted_before_anything_of_a_new_att
     async with viewing(response_viewer(hub, redis, log, PlainViewer)) as taker:
         if not together:
             await taker.has(b"in_progress")
-            for _ in range(5):  # It has all there is.
-                await asyncio.sleep(0)
+            await until(log.is_awaited)
         log.add(delta(content="fir"), *text("st"))
         if not together:
             await taker.has(b'"delta":"st"')
