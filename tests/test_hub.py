@@ -102,6 +102,15 @@ class Writer:
         self._next = (await append(self._log, self._claim, self._next, entries)).next_seq
 
 
+async def until_begun(feed: Feed) -> None:
+    """Until it is heard here that its writer has begun."""
+
+    async def has_begun() -> bool:
+        return feed.begun
+
+    await until(has_begun)
+
+
 @pytest.fixture
 async def writer(redis: Redis) -> Writer:
     writer = Writer(redis)
@@ -471,11 +480,7 @@ async def test_what_begins_during_the_first_read_does_not_hide_what_was_before(
 
     monkeypatch.setattr(Log, "read", outrun)
     async with entered(hub, writer.stream_id) as feed:
-
-        async def has_begun() -> bool:
-            return feed.begun
-
-        await until(has_begun)
+        await until_begun(feed)
         assert feed.events == await make_log(redis).read(writer.stream_id)
 
 
@@ -687,11 +692,7 @@ async def test_whoever_comes_in_the_moment_in_which_a_first_read_fails_reads_and
     feed = await late[0]
     assert [event.kind for event in feed.events] == ["queued"]
     await writer.begin()
-
-    async def is_heard() -> bool:
-        return feed.begun
-
-    await until(is_heard)
+    await until_begun(feed)
     hub.leave(feed)
 
 
@@ -727,11 +728,7 @@ async def test_whoever_waited_for_a_channel_when_its_connection_was_lost_misses_
     await redis.client_kill_filter(_type="pubsub")
     feed = await entering
     await writer.begin()
-
-    async def has_begun() -> bool:
-        return feed.begun
-
-    await until(has_begun)
+    await until_begun(feed)
     hub.leave(feed)
 
 
