@@ -92,6 +92,7 @@ UPSTREAM_CODES = frozenset(
         "upstream_unreachable",
     }
 )
+"""Of what the model service did, or did not do."""
 FAILURE_CODES = UPSTREAM_CODES | {
     "answer_timeout",
     "content_filter",
