@@ -14,7 +14,7 @@ up: $(VENV)/installed ## Redis, API and worker, at http://127.0.0.1:8000
 	@exec $(BIN)/python -m cli up
 
 test: $(VENV)/installed-dev ## everything but the browser and the clients
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --cov --cov-report=term:skip-covered
 
 test-clients: $(VENV)/installed-browser ## every client; needs Node 20 with npm, and Chromium
 	cd tests/clients && npm ci --no-audit --no-fund --loglevel=error

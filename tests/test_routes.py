@@ -748,10 +748,11 @@ async def test_every_body_has_an_example_that_is_answered_as_it_stands(
                 [example] = document["components"]["schemas"][body["$ref"].split("/")[-1]][
                     "examples"
                 ]
-                response = await stack.request(method, path.format(**named), json=example)
-                assert response.is_success, response.text
-                asked.append(path)
+                asked.append(stack.request(method, path.format(**named), json=example))
     assert len(asked) == 5
+    # Together, as the canned answers take their time.
+    for response in await asyncio.gather(*asked):
+        assert response.is_success, response.text
 
 
 @pytest.mark.parametrize(

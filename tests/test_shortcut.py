@@ -139,7 +139,11 @@ async def test_a_viewer_is_shown_the_same(name: str, both: Any) -> None:
     assert shortened
 
 
-@pytest.mark.parametrize("stream_id", [UNKNOWN, GONE, "x", "%2E%2E"])
+@pytest.mark.parametrize(
+    "stream_id",
+    [UNKNOWN, GONE, "x", "%2E%2E"],
+    ids=["unknown", "gone", "no id", "a way up"],
+)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 async def test_what_is_not_there_is_refused_alike(method: str, stream_id: str, both: Any) -> None:
     short, long, shortened = await both((method, f"/streams/{stream_id}/events", {}, b""))
