@@ -15,6 +15,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.chat_request import Asked, JsonObject, ListOf, StreamOptions, example
+from api.wires.responses import GOES_BACK
+from relay.events import parts_of, text_in
 
 
 class _Known(BaseModel):
@@ -119,15 +121,22 @@ class CallOutputItem(_Item):
 
 
 class ReasoningItem(_Item):
-    """Taken, so that an earlier output can be sent as it came. No chat completion is asked so."""
+    """Taken, so that an earlier output can be sent as it came. Only some model services want it."""
 
     type: Literal["reasoning"]
     summary: ListOf[JsonObject] = []
     content: ListOf[JsonObject] | None = None
     encrypted_content: str | None = None
 
+    @property
+    def thought(self) -> str:
+        """What goes back of it; empty for nothing."""
+        wanted = (self.id or "").startswith(f"{GOES_BACK}_")
+        parts = parts_of(self.content, "reasoning_text") if wanted else ()
+        return "".join(text_in(part, "text") for part in parts)
+
     def add_to(self, messages: list[JsonObject]) -> None:
-        pass
+        """It is no message, but stands in the one that followed from it."""
 
 
 def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
@@ -135,6 +144,19 @@ def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
         case [Text(text=text)]:
             return text
     return [part.to_chat() for part in parts]
+
+
+def _add_all(items: "list[Item]", messages: list[JsonObject]) -> None:
+    thought = ""
+    for item in items:
+        item.add_to(messages)
+        if isinstance(item, ReasoningItem):
+            thought += item.thought
+            continue
+        said = messages[-1]
+        if thought and said["role"] == "assistant":
+            said["reasoning_content"] = said.get("reasoning_content", "") + thought
+        thought = ""
 
 
 def _kind_of(item: Any) -> Any:
@@ -275,8 +297,7 @@ class ResponsesRequest(_Known):
         messages: list[JsonObject] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        for item in self.input:
-            item.add_to(messages)
+        _add_all(self.input, messages)
         fields = {
             "messages": messages,
             "tools": [tool.to_chat() for tool in self.tools] if self.tools else None,

@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.chat_request import Asked, JsonObject, ListOf, example
+from api.wires.ui_messages import GOES_BACK
 from relay.errors import BadRequest
+from relay.events import text_in
 
 Id = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\n]*$")]
 
 _ROUTING = frozenset({"id", "messages", "trigger", "message_id"})
 _PASSED_OVER = frozenset({"reasoning", "reasoning-file", "source-url", "source-document", "custom"})
-"""Of an answer: what a chat completion does not take back."""
+"""Of an answer: what a chat completion does not take back, but for some thoughts (`_thought`)."""
 _DENIED = "The user did not allow this tool call."
 
 
@@ -123,12 +125,19 @@ def _answered(step: list[tuple[str, JsonObject]]) -> Iterator[JsonObject]:
                 outputs.append({"role": "tool", "tool_call_id": call["id"], "content": output})
         elif kind not in _PASSED_OVER:
             texts += [piece["text"] for piece in _content(at, part, "assistant")]
-    said = {"role": "assistant", "content": "".join(texts) or None}
+    said = {"role": "assistant", "content": "".join(texts) or None, **_thought(step)}
     if calls:
         yield {**said, "tool_calls": calls}
     elif said["content"]:
         yield said
     yield from outputs
+
+
+def _thought(step: list[tuple[str, JsonObject]]) -> JsonObject:
+    parts = [part for _, part in step if part.get("type") == "reasoning"]
+    wanted = [part for part in parts if part.get("providerMetadata") == GOES_BACK]
+    text = "".join(text_in(part, "text") for part in wanted)
+    return {"reasoning_content": text} if text else {}
 
 
 def _tool(at: str, part: JsonObject) -> tuple[JsonObject, str | None]:

@@ -259,6 +259,12 @@ def reasoning_of(delta: Chunk) -> str:
     )
 
 
+def goes_back(delta: Chunk) -> bool:
+    """Whether what was thought stands in the next question, as `reasoning_content`. Services that
+    name it so want that, and refuse a tool's output without; those that do not refuse the name."""
+    return bool(text_in(delta, "reasoning_content"))
+
+
 def call_key(piece: Chunk, newest: int | str) -> int | str:
     """Which of an attempt's tool calls this is a piece of. Some servers do not number them: then an
     id is a call's own, and what has none goes on with the newest."""

@@ -506,7 +506,9 @@ async def test_a_page_reloaded_after_a_tools_output_keeps_the_call_and_has_the_a
 
 
 @clients
-async def test_reasoning_is_a_part_of_its_own(stack: httpx2.AsyncClient) -> None:
+async def test_reasoning_is_a_part_of_its_own_and_goes_back_to_who_wants_it(
+    stack: httpx2.AsyncClient, emulator: Emulator
+) -> None:
     deltas = [{"reasoning_content": "hm "}, {"reasoning_content": "so"}, {"content": "Yes."}]
     choices: list[Part]
     choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
@@ -516,7 +518,10 @@ async def test_reasoning_is_a_part_of_its_own(stack: httpx2.AsyncClient) -> None
         state = await page.done("send", prompt(raw=raw))
         assert (text(state, "reasoning"), text(state)) == ("hm so", "Yes.")
         state = await page.done("send", prompt(chunks=1))
-        assert state["status"] == "ready", "and it is not in the way of the next question"
+        assert state["status"] == "ready"
+    _, answer, _ = (await emulator.request(1)).body["messages"]
+    expected = {"role": "assistant", "content": "Yes.", "reasoning_content": "hm so"}
+    assert answer == expected
 
 
 @clients

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from api.responses_request import ResponsesRequest
+from api.wires.responses import GOES_BACK
 from emulator.app import Emulator
 from emulator.script import prompt
 from relay import keys
@@ -387,6 +388,74 @@ async def test_a_call_is_made_and_its_output_sent_back_with_the_output_as_it_cam
     _, assistant, tool, _ = (await emulator.request(1)).body["messages"]
     assert [each["id"] for each in assistant["tool_calls"]] == [call.call_id]
     assert tool == {"role": "tool", "tool_call_id": call.call_id, "content": "Rain."}
+
+
+@pytest.mark.parametrize(
+    ("delta", "back"),
+    [
+        ({"reasoning_content": "Hm."}, {"reasoning_content": "Hm."}),
+        ({"reasoning": "Hm."}, {}),
+        ({"content": [{"type": "thinking", "thinking": "Hm."}]}, {}),
+    ],
+)
+async def test_what_led_to_a_call_goes_back_to_a_model_service_that_names_it_so(
+    sdk: AsyncOpenAI, emulator: Emulator, delta: Any, back: Any
+) -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    said = [(delta, None), ({"tool_calls": [call]}, "tool_calls")]
+    choices = [{"index": 0, "delta": each, "finish_reason": end} for each, end in said]
+    raw = [{"id": "x", "model": MODEL, "choices": [choice]} for choice in choices]
+    first = await sdk.responses.create(**asking(raw=raw))
+    assert [item.type for item in first.output] == ["reasoning", "function_call"]
+    result = {"type": "function_call_output", "call_id": "c", "output": "1"}
+    asked: Any = [*first.output, result, {"role": "user", "content": prompt(chunks=1)}]
+    await sdk.responses.create(model=MODEL, input=asked)
+    called = (await emulator.request(1)).body["messages"][0]
+    calls = [{"id": "c", "type": "function", "function": call["function"]}]
+    assert called == {"role": "assistant", "content": None, "tool_calls": calls, **back}
+
+
+def thought(text: str, item_id: str = f"{GOES_BACK}_1") -> Any:
+    content = [{"type": "reasoning_text", "text": text}]
+    return {"type": "reasoning", "id": item_id, "summary": [], "content": content}
+
+
+def said(role: str, content: str | None, **more: Any) -> Any:
+    return {"role": role, "content": content, **more}
+
+
+LOOKED: Any = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+LOOKS = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("items", "messages"),
+    [
+        (
+            [thought("A"), said("assistant", "I look."), LOOKED],
+            [said("assistant", "I look.", reasoning_content="A", tool_calls=[LOOKS])],
+        ),
+        (
+            [thought("A"), LOOKED, thought("B"), LOOKED],
+            [said("assistant", None, reasoning_content="AB", tool_calls=[LOOKS, LOOKS])],
+        ),
+        (
+            [thought("A"), thought("B"), said("assistant", "Yes.")],
+            [said("assistant", "Yes.", reasoning_content="AB")],
+        ),
+        (
+            [thought("A"), said("user", "Hm?"), said("assistant", "Yes.")],
+            [said("user", "Hm?"), said("assistant", "Yes.")],
+        ),
+        ([thought("A", "rs_1"), said("assistant", "Yes.")], [said("assistant", "Yes.")]),
+        ([thought("A", ""), said("assistant", "Yes.")], [said("assistant", "Yes.")]),
+    ],
+)
+def test_a_thought_goes_back_with_what_followed_from_it(
+    items: list[Any], messages: list[Any]
+) -> None:
+    request = ResponsesRequest.model_validate({"model": MODEL, "input": items})
+    assert request.to_asked().to_stored()[0]["messages"] == messages
 
 
 class Weather(BaseModel):

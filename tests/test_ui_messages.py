@@ -287,6 +287,8 @@ def test_a_message_begins_with_its_id_and_its_step() -> None:
 TOOL = {"type": "tool-f", "toolCallId": "c", "input": {"a": 1}}
 BROKEN = {"state": "output-error", "errorText": "It broke."}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+THOUGHT = {"type": "reasoning", "providerMetadata": ui_messages.GOES_BACK}
 GARBLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '"{\\"a\\""'}}
 
 
@@ -332,6 +334,25 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
             [{"type": "step-start"}, {"type": "reasoning", "text": "hm"}, text("a"), text("b")],
             [{"role": "assistant", "content": "ab"}],
         ),
+        (
+            "assistant",
+            [
+                {"type": "step-start"},
+                {**THOUGHT, "text": "h"},
+                {**THOUGHT, "text": "m", "state": "done"},
+                {**TOOL, "state": "output-available", "output": "two"},
+                {"type": "step-start"},
+                {**THOUGHT, "text": "So."},
+                text("It is 2."),
+                {"type": "step-start"},
+                {**THOUGHT, "text": "What"},
+            ],
+            [
+                {**CALLING, "reasoning_content": "hm"},
+                output("two"),
+                {"role": "assistant", "content": "It is 2.", "reasoning_content": "So."},
+            ],
+        ),
         ("assistant", [], []),
         ("assistant", [{"type": "step-start"}, text("")], []),
         ("assistant", [{**TOOL, "state": "input-available"}], []),
@@ -353,12 +374,12 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
         (
             "assistant",
             [{**TOOL, "state": "output-available", "output": "two"}],
-            [{"role": "assistant", "content": None, "tool_calls": [CALL]}, output("two")],
+            [CALLING, output("two")],
         ),
         (
             "assistant",
             [{**TOOL, "type": "dynamic-tool", "toolName": "f", **BROKEN}],
-            [{"role": "assistant", "content": None, "tool_calls": [CALL]}, output("It broke.")],
+            [CALLING, output("It broke.")],
         ),
         (
             "assistant",
@@ -369,7 +390,7 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
             "assistant",
             [{**TOOL, "state": "output-denied"}],
             [
-                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                CALLING,
                 output("The user did not allow this tool call."),
             ],
         ),

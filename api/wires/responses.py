@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.wires.chat_completions import INTERRUPTED
-from relay.chunks import Chunk, Expander, call_key, reasoning_of
+from relay.chunks import Chunk, Expander, call_key, goes_back, reasoning_of
 from relay.events import (
     CANCELLED,
     COMPLETED,
@@ -29,6 +29,8 @@ from relay.events import (
 )
 from relay.ids import alias_of
 
+GOES_BACK = "rs_c"
+"""Before the id of a thought that the model service wants back: clients keep an item's id."""
 _END = b"\n\n"
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _ERROR_CODES = {
@@ -253,7 +255,8 @@ class _Response:
                 continue
             delta = choice.get("delta") or {}
             if text := reasoning_of(delta):
-                yield from self._item("reasoning", "rs", "reasoning", {"summary": []})
+                prefix = GOES_BACK if goes_back(delta) else "rs"
+                yield from self._item("reasoning", prefix, "reasoning", {"summary": []})
                 yield from self._open["reasoning"].grow("reasoning_text", text)
             yield from self._message("output_text", text_in(delta, "content"))
             yield from self._message("refusal", text_in(delta, "refusal"))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from api.wires import sse
-from relay.chunks import Chunk, Expander, call_key, reasoning_of
+from relay.chunks import Chunk, Expander, call_key, goes_back, reasoning_of
 from relay.events import (
     CANCELLED,
     COMPLETED,
@@ -30,6 +30,9 @@ FINISH_REASONS = {
 
 Part = dict[str, Any]
 
+GOES_BACK: Part = {"relay": {"name": "reasoning_content"}}
+"""The `providerMetadata` of a thought that the model service wants back: the SDK keeps it with the
+part, and sends it with the next question."""
 _GAP = "(the text)"
 
 
@@ -108,21 +111,22 @@ class _Encoder:
         for choice in chunk.get("choices") or ():
             if choice.get("index", 0) == 0:
                 delta = choice.get("delta") or {}
-                yield from self._say("reasoning", reasoning_of(delta))
+                more = {"providerMetadata": GOES_BACK} if goes_back(delta) else {}
+                yield from self._say("reasoning", reasoning_of(delta), **more)
                 yield from self._say("text", text_in(delta, "content"))
                 yield from self._say("text", text_in(delta, "refusal"))
                 self._refused = self._refused or bool(text_in(delta, "refusal"))
                 for piece in delta.get("tool_calls") or ():
                     yield from self._call(piece)
 
-    def _say(self, kind: str, text: str) -> Iterator[Part]:
+    def _say(self, kind: str, text: str, **more: Part) -> Iterator[Part]:
         if not text:
             return
         if self._open is None or not self._open.startswith(kind):
             yield from self._close()
             self._opened += 1
             self._open = f"{kind}-{self._opened}"
-            yield {"type": f"{kind}-start", "id": self._open}
+            yield {"type": f"{kind}-start", "id": self._open, **more}
         yield {"type": f"{kind}-delta", "id": self._open, "delta": text}
 
     def _close(self) -> Iterator[Part]:
