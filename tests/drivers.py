@@ -1,4 +1,4 @@
-"""Each client that people have, unmodified, with a user who does what the README's table tells.
+"""Each client that people have, unmodified, with a user who does what docs/integrate.md tells.
 
 One shape for all of them, so that a test is a situation that any of them may come into.
 """

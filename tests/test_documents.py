@@ -38,14 +38,36 @@ def read(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-def test_every_setting_stands_in_the_readme_and_every_variable_there_is_a_setting() -> None:
-    table = read("README.md").split("## Configuration")[1].split("\n## ")[0]
-    named = set(re.findall(r"`((?:RELAY|AZURE|OPENAI|REDIS)_[A-Z_]+)`", table))
-    assert named - {"RELAY_URL", "RELAY_AUTHORIZATION"} == set(variables())
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
-    table = read("README.md").split("## Configuration")[1].split("\n## ")[0]
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
+        page = document.parent / target if target else document
+        assert page.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            assert anchor in {
+                re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in titles
+            }
+
+
+def test_every_setting_is_documented_and_every_variable_there_is_a_setting() -> None:
+    named = re.findall(r"`((?:RELAY|AZURE|OPENAI|REDIS)_[A-Z_]+)`", read("docs/configuration.md"))
+    assert set(named) - {"RELAY_URL", "RELAY_AUTHORIZATION"} == set(variables())
+
+
+def test_every_setting_that_the_other_documents_name_is_one() -> None:
+    names = re.findall(
+        r"`((?:RELAY|AZURE|OPENAI)_[A-Z_]+)", "".join(map(Path.read_text, DOCUMENTS))
+    )
+    of_the_command_line_and_compose = {"RELAY_URL", "RELAY_AUTHORIZATION", "RELAY_REDIS_MEMORY"}
+    assert set(names) - of_the_command_line_and_compose <= set(variables())
+
+
+def test_the_defaults_that_are_documented_are_those_of_the_code() -> None:
+    table = read("docs/configuration.md")
     rows = dict(re.findall(r"^\| `([A-Z_]+)`[^|]*\| `([^`]+)` \|", table, re.MULTILINE))
     fields = {str(f.validation_alias): f.default for f in Settings.model_fields.values()}
     assert len(rows) > 15
@@ -54,13 +76,16 @@ def test_the_defaults_in_the_readme_are_those_of_the_code() -> None:
             assert default == str(fields[variable]).removesuffix(".0"), variable
 
 
-def test_every_code_of_a_problem_stands_in_the_readme() -> None:
-    section = read("README.md").split("## The API")[1].split("\n## ")[0]
-    assert set(TITLES) <= set(re.findall(r"`([a-z_]+)`", section))
+def test_every_code_of_a_problem_is_documented_with_its_status() -> None:
+    table = read("docs/api.md").split("\n## Errors\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+)\b[^|]*\| (.+) \|$", table, re.MULTILINE)
+    told = {code: int(status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    assert told.keys() == TITLES.keys()
+    assert {kind.code: status for kind, status in _STATUS.items()}.items() <= told.items()
 
 
-def test_every_code_of_a_failure_stands_in_the_readme_and_is_one() -> None:
-    named = read("README.md").split("In `failed` events: ")[1].split(".")[0]
+def test_every_code_of_a_failure_is_documented_and_is_one() -> None:
+    named = read("docs/api.md").split("In `failed` events: ")[1].split(".")[0]
     told_to_viewers_alone = {"stream_gone"}
     assert set(re.findall(r"`([a-z_]+)`", named)) == errors.FAILURE_CODES | told_to_viewers_alone
     code = [path.read_text() for name in ("relay", "worker") for path in (ROOT / name).glob("*.py")]
@@ -81,15 +106,15 @@ async def test_every_alert_is_on_what_is_told_and_may_be_so(settings: Settings) 
 
 
 PROMISED = [
-    ("README.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
-    ("README.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),
-    ("README.md", "up to 10 min", deliveries.MOST_RETRY_SECONDS, 600),
-    ("README.md", "`relay_worker_silent_seconds` above 3 |", ALIVE_SECONDS, 3),
-    ("README.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
-    ("README.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
-    ("README.md", "with 100 bytes for each chunk", upstream.CHUNK_BYTES, 100),
-    ("README.md", "first word 64 MiB", upstream.HELD_BYTES, 64 * MIB),
-    ("README.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),
+    ("docs/api.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
+    ("docs/api.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),
+    ("docs/api.md", "up to 10 min", deliveries.MOST_RETRY_SECONDS, 600),
+    ("docs/operate.md", "`relay_worker_silent_seconds` above 3 |", ALIVE_SECONDS, 3),
+    ("docs/limits.md", "stays away is told every 5 s", hub.NOTICE_SECONDS, 5),
+    ("docs/limits.md", "takes at most 64 MiB as it is kept", generation.MOST_BYTES, 64 * MIB),
+    ("docs/limits.md", "with 100 bytes for each chunk", upstream.CHUNK_BYTES, 100),
+    ("docs/limits.md", "first word 64 MiB", upstream.HELD_BYTES, 64 * MIB),
+    ("docs/limits.md", "a piece of it 2 MiB", sse.MOST_BYTES, 2 * MIB),
     ("ARCHITECTURE.md", "and once in five seconds anyway", hub.PATROL_SECONDS, 5),
     ("ARCHITECTURE.md", "Time limits to Redis are short** (2 s)", connection.REPLY_SECONDS, 2),
     ("ARCHITECTURE.md", "hears nothing for 2 s", 2 * listener.SILENCE_SECONDS, 2),
@@ -121,8 +146,8 @@ def test_every_error_that_a_client_may_meet_has_a_status() -> None:
 
 @pytest.mark.parametrize("room", ["relay", "api", "worker", "cli", "emulator", "chaos"])
 def test_every_file_of_a_room_stands_in_the_architecture_and_nothing_else(room: str) -> None:
-    rows = dict(re.findall(r"^\| `(\w+)/` \| (.+) \|$", read("ARCHITECTURE.md"), re.MULTILINE))
-    named = set(re.findall(r"`(\w+)/?`", rows[room]))
+    rows = re.findall(rf"^\| `{room}/` \| (.+) \|$", read("ARCHITECTURE.md"), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)/?`", " ".join(rows)))
     files = {file.stem for file in (ROOT / room).iterdir() if file.is_dir() or file.suffix == ".py"}
     assert named == {file for file in files if not file.startswith("_")}
 
