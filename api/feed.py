@@ -49,7 +49,8 @@ class Feed:
         self._latest_start = 0
         self._frames: dict[Wire, tuple[Encode, list[bytes]]] = {}
         self._waiters: set[asyncio.Future[bool]] = set()
-        self._riders: dict[Wire, Riders] = {}
+        self._riders: dict[tuple[Wire, frozenset[str]], Riders] = {}
+        """With the kinds of events that they stay on for: at any other each has something to do."""
         self._to_carry: int | None = None
         """The index from which on riders have still to be written to."""
 
@@ -154,10 +155,10 @@ class Feed:
         start, self._to_carry = self._to_carry, None
         if start is None:
             return
-        kinds = {event.kind for event in self.events[start:]}
-        for wire, riders in self._riders.items():
+        fresh = {event.kind for event in self.events[start:]}
+        for (wire, kinds), riders in self._riders.items():
             if riders:
-                frames = self._frames_to_carry(wire, start) if kinds <= riders.kinds else []
+                frames = self._frames_to_carry(wire, start) if fresh <= kinds else []
                 if start + len(frames) == len(self.events):
                     riders.carry(b"".join(frames), len(self.events))
                 else:
@@ -186,9 +187,9 @@ class Feed:
         """Write each event of these kinds, as it comes, to a viewer that has all before it, and
         `heartbeat` after so many seconds of none; until there is something for the viewer itself to
         do, its line is full, or `unless` is done. Returns the index from which it goes on."""
-        riders = self._riders.get(wire)
+        riders = self._riders.get((wire, kinds))
         if riders is None:
-            riders = self._riders[wire] = Riders(heartbeat, seconds, kinds)
+            riders = self._riders[wire, kinds] = Riders(heartbeat, seconds)
         self._carry()  # Else it would be written to this one, too, who has it.
         waiter = riders.get_on(line, len(self.events))
         get_off = partial(riders.get_off, waiter)

@@ -10,12 +10,10 @@ class Riders:
     """The viewers of one wire that have everything and ride along: each chunk is written to them as
     it comes, while their own coroutines sleep on. Who gets off is told the index to go on from."""
 
-    def __init__(self, heartbeat: bytes, seconds: float, kinds: frozenset[str]) -> None:
-        """`kinds` of events they stay on for; at any other each has something to do itself."""
+    def __init__(self, heartbeat: bytes, seconds: float) -> None:
         self._lines: dict[asyncio.Future[int], Line] = {}
         self._heartbeat = chunk_of(heartbeat) if heartbeat else b""
         self._seconds = seconds
-        self.kinds = kinds
         self._index = 0
         self._wrote = 0.0
         self._timer: asyncio.TimerHandle | None = None

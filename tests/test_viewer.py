@@ -611,6 +611,28 @@ async def test_a_plain_response_that_is_begun_anew_before_anything_was_told_goes
     assert last["response"]["output"][0]["content"][0]["text"] == "second"
 
 
+async def test_a_plain_response_is_told_nothing_of_a_new_attempt_though_another_rides_on_to_it(
+    hub: Hub, redis: Redis
+) -> None:
+    log = Log()
+    log.begin_anew()
+    log.add(delta(content="fir"))
+    async with viewing(response_viewer(hub, redis, log, ResponseViewer)) as other:
+        await other.has(b"fir")
+        await until(log.is_awaited)
+        async with viewing(response_viewer(hub, redis, log, PlainViewer)) as taker:
+            await taker.has(b"fir")
+            log.add(*text("st"))
+            await taker.has(b'"delta":"st"')
+            log.begin_anew()
+            log.add(delta(content="second"))
+            await other.has(b"second")
+            await taker.over.wait()
+    assert b"second" not in taker.body
+    last = json.loads(taker.frames[-1].data)
+    assert last["response"]["error"]["type"] == "interrupted"
+
+
 # Of several streams.
 
 
