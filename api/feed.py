@@ -96,10 +96,10 @@ class Feed:
         self.gone = error
         self.wake()
 
-    def reaches(self, cursor: Cursor) -> bool:
+    def reaches(self, cursor: Cursor | None) -> bool:
         """Whether it is known how the log goes on after `cursor`. Above the top it is not: Redis
         may have lost a tail that the worker is about to append again."""
-        return self.ended or (self.top is not None and self.top >= cursor)
+        return cursor is None or self.ended or (self.top is not None and self.top >= cursor)
 
     def position(self, cursor: Cursor | None) -> int:
         """The index from which a viewer goes on that has everything up to `cursor`.

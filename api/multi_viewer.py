@@ -56,7 +56,7 @@ class Lane:
         the places in all `lanes`."""
         if self.feed.gone is not None:
             return self._tell_gone(self.feed.gone, lanes)
-        if self._index is None and (self.cursor is None or self.feed.reaches(self.cursor)):
+        if self._index is None and self.feed.reaches(self.cursor):
             self._index = self.feed.position(self.cursor)
         parts = self._notices()
         if self._index is not None:

@@ -87,7 +87,7 @@ class Viewer(LongResponse):
             if feed.gone is not None:
                 await self._write(send, words + self.words.gone(feed.gone))
                 return
-            if index is None and (self._cursor is None or feed.reaches(self._cursor)):
+            if index is None and feed.reaches(self._cursor):
                 index = self._beginning()
             # Before `over`: one that has everything gets its proper end, though it must go now.
             if feed.ended and index == len(feed.events):
