@@ -229,9 +229,7 @@ async def erase(stream_id: StreamId, parts: PartsOfApp) -> dict[str, Any]:
 
 def _ended(born: codec.Born, feed: Feed) -> Response:
     """The response when it has ended; one that failed is an error by its status."""
-    if failure := failure_of(feed, _refusal):
-        return failure
-    return Response(to_json(codec.fold(born, feed.events)), media_type="application/json")
+    return failure_of(feed, _refusal) or _told(born, feed.events)
 
 
 async def _now(parts: Parts, stream_id: str, text_format: str | None = None) -> Response:
