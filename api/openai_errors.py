@@ -91,7 +91,7 @@ def _invalid(failure: RequestValidationError) -> Response:
     return refusal(400, code, fault.message, param=fault.field)
 
 
-def refuse(status: int, code: str, message: str) -> Response:
+def _refuse(status: int, code: str, message: str) -> Response:
     """A body that is no JSON, or goes no further as such, is one thing to a client, whoever notices
     it; and of 422 the SDKs make another exception than of any other body that is wrong."""
     if status in {400, 422}:
@@ -99,4 +99,4 @@ def refuse(status: int, code: str, message: str) -> Response:
     return refusal(status, code, message)
 
 
-SHAPE = Shape(refuse, _invalid)
+SHAPE = Shape(_refuse, _invalid)

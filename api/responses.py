@@ -91,7 +91,7 @@ class PlainViewer(ResponseViewer, OneAttemptViewer):
 
 def _refusal(status: int, code: str, message: str) -> Response:
     """To OpenAI's SDKs what is gone is `NotFoundError`, as what never was, and 410 is nothing."""
-    return openai_errors.refuse(404 if status == 410 else status, code, message)
+    return openai_errors.SHAPE.refuse(404 if status == 410 else status, code, message)
 
 
 SHAPE = openai_errors.SHAPE._replace(refuse=_refusal)
