@@ -42,7 +42,7 @@ class OneAttemptViewer(Viewer):
             raise Superseded(index)
         return b"".join(frames[:upto]), upto
 
-    def _rides(self) -> bool:
+    def _may_ride(self) -> bool:
         # What riders write is not seen here, so the attempt after it would be spliced to it.
         return self._written
 

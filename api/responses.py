@@ -72,8 +72,8 @@ class ResponseViewer(Viewer):
         unseen, self._skip = codec.after(body, self._skip)
         return unseen, taken
 
-    def _rides(self) -> bool:
-        return self._skip == 0 and super()._rides()
+    def _may_ride(self) -> bool:
+        return self._skip == 0 and super()._may_ride()
 
 
 class PlainViewer(ResponseViewer, OneAttemptViewer):

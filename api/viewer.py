@@ -48,7 +48,7 @@ class Viewer(LongResponse):
     wire: Wire
     words: Words
     rides_on = frozenset({STARTED, TEXT, WHOLE})
-    """The kinds of events whose frames are to be written as they are."""
+    """The kinds of events through which it may ride: their frames can be written as they are."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Viewer(LongResponse):
             if words or taken:
                 await self._write(send, words + body)
                 words = b""
-            elif self._line is not None and index is not None and self._rides():
+            elif self._line is not None and index is not None and self._may_ride():
                 index = await self._ride(send, self._line, over)
             elif not await feed.changed(self._pace.heartbeat_seconds, unless=over):
                 await self._write(send, self.words.heartbeat)
@@ -122,8 +122,8 @@ class Viewer(LongResponse):
         """The index from which it shows the feed."""
         return self._feed.position(self._cursor)
 
-    def _rides(self) -> bool:
-        """Whether the frames of a chunk are to be written as they are."""
+    def _may_ride(self) -> bool:
+        """Whether it may now, being written to unseen by itself."""
         return True
 
     def _take(self, index: int) -> tuple[bytes, int]:
