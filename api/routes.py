@@ -56,6 +56,17 @@ async def _stream_id(
 
 
 StreamId = Annotated[str, Depends(_stream_id)]
+Accept = Annotated[str, Header(include_in_schema=False)]
+LastEventId = Annotated[
+    str, Header(description="The cursor: the id of the last event that you have.")
+]
+LastEventIdInQuery = Annotated[
+    str,
+    Query(
+        alias="last_event_id",
+        description="The same, for a first request of an EventSource; the header goes first.",
+    ),
+]
 
 _STREAMED: dict[str, Any] = {
     sse.MEDIA_TYPE: {
@@ -94,7 +105,7 @@ _STREAMED: dict[str, Any] = {
 async def chat(
     body: ChatRequest,
     asking: AskingOfRequest,
-    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
+    accept: Accept = "*/*",
 ) -> Response:
     """Queue a job and return the id of its stream at once.
 
@@ -154,13 +165,9 @@ async def several(
     parts: PartsOfApp,
     watching: WhileResponding,
     ids: Annotated[str, Query(description="Ids of streams, with commas between; at most 100.")],
-    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
-    last_event_id: Annotated[
-        str, Header(description="The cursor: the id of the last event that you have.")
-    ] = "",
-    last_event_id_in_query: Annotated[
-        str, Query(alias="last_event_id", description="The same; the header goes first.")
-    ] = "",
+    accept: Accept = "*/*",
+    last_event_id: LastEventId = "",
+    last_event_id_in_query: LastEventIdInQuery = "",
 ) -> Response:
     """For browsers, which allow six connections to a host. Otherwise as one stream's events."""
     stream_ids = list(dict.fromkeys(ids.split(",")))
@@ -204,17 +211,9 @@ async def events(
     stream_id: StreamId,
     parts: PartsOfApp,
     watching: WhileResponding,
-    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
-    last_event_id: Annotated[
-        str, Header(description="The cursor: the id of the last event that you have.")
-    ] = "",
-    last_event_id_in_query: Annotated[
-        str,
-        Query(
-            alias="last_event_id",
-            description="The same, for a first request of an EventSource; the header goes first.",
-        ),
-    ] = "",
+    accept: Accept = "*/*",
+    last_event_id: LastEventId = "",
+    last_event_id_in_query: LastEventIdInQuery = "",
 ) -> Response:
     """Server-Sent Events from the newest `started`, or strictly after the cursor.
 
