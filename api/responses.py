@@ -76,6 +76,7 @@ class ResponseViewer(Viewer):
         return self._skip == 0 and super()._may_ride()
 
 
+# In this order: the first leaves out what was seen, of what the second lets through.
 class PlainViewer(ResponseViewer, OneAttemptViewer):
     """The events for who asked for a stream alone. Frameworks take the text of all items together,
     and would splice a new attempt to the last: it ends in a failure instead. The answer goes on,

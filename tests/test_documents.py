@@ -105,6 +105,16 @@ async def test_every_alert_is_on_what_is_told_and_may_be_so(settings: Settings) 
         assert set(codes.split("|")) <= set(re.findall(r'code="([a-z_]+)"', told))
 
 
+async def test_every_metric_of_ours_is_documented(settings: Settings) -> None:
+    async with running_api(settings) as api:
+        told = (await api.get("/metrics")).text
+    ours = set(re.findall(r"^# TYPE (relay_\w+) ", told, re.MULTILINE))
+    assert len(ours) > 10
+    assert {name for name in ours if not name.endswith("_created")} <= set(
+        re.findall(r"`(relay_\w+)`", read("docs/operate.md"))
+    )
+
+
 PROMISED = [
     ("docs/api.md", "any answer but 2xx, and none within 10 s", post.ANSWER_SECONDS, 10),
     ("docs/api.md", "after 2.5 to 5 s and then ever later", deliveries.FIRST_RETRY_SECONDS, 5),

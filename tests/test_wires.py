@@ -100,17 +100,26 @@ NOWHERE: list[Chunk] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "wire",
-    [
-        native.encoder,
-        text.encoder,
-        chat_completions.encoder,
-        chat_completions.encoder_with_usage,
-        ui_messages.encoder,
-        responses.Born("id", 1, "m"),
-    ],
-)
+WIRES: list[Wire] = [
+    native.encoder,
+    text.encoder,
+    chat_completions.encoder,
+    chat_completions.encoder_with_usage,
+    ui_messages.encoder,
+    responses.Born("id", 1, "m"),
+]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_kind_of_event_that_a_later_version_writes_is_of_no_wire_but_the_native_one(
+    wire: Wire,
+) -> None:
+    told = wire()(Event(CURSOR, "progress", b'{"percent":50}'))
+    expected = b'id: 1-7\nevent: progress\ndata: {"percent":50}\n\n'
+    assert told == (expected if wire is native.encoder else b"")
+
+
+@pytest.mark.parametrize("wire", WIRES)
 def test_no_wire_minds_that_an_upstream_says_null_for_what_others_leave_out(wire: Wire) -> None:
     compactor, encode = Compactor(1, "m"), wire()
     entries = [each for chunk in NOWHERE for each in compactor.entries(to_json(chunk))]

@@ -138,6 +138,7 @@ class Generation:
                 logger.error("generation_died", **self._names, exc_info=error)
                 message = "Something went wrong here: ask again."
                 code, retryable = "internal", True
+        # The code first, where lua/_common.lua looks for it.
         told: dict[str, Any] = {"code": code, "message": message, "retryable": retryable}
         if isinstance(error, Refused):
             if error.names:
