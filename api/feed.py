@@ -64,9 +64,14 @@ class Feed:
         return self._latest_start > 0
 
     @property
+    def closed(self) -> bool:
+        """Whether a terminal event stands."""
+        return bool(self.events) and self.events[-1].terminal
+
+    @property
     def ended(self) -> bool:
-        """Whether nothing more will come: a terminal event stands, or the log is gone."""
-        return self.gone is not None or bool(self.events and self.events[-1].terminal)
+        """Whether nothing more will come: it is closed, or the log is gone."""
+        return self.gone is not None or self.closed
 
     def add(self, events: list[Event], *, read: bool = False) -> bool:
         """Take in what follows the top and pass over what stands. `read` says that the events were

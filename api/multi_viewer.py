@@ -47,9 +47,7 @@ class Lane:
     @property
     def over(self) -> bool:
         """Whether nothing more is to be said of it."""
-        if self.feed.gone is not None:
-            return self.told_gone
-        return self.feed.ended and self.cursor == self.feed.top
+        return self.told_gone or (self.feed.closed and self.cursor == self.feed.top)
 
     def take(self, lanes: Sequence["Lane"], room: int) -> bytes:
         """What is new, as frames, some at a time and none that begins beyond `room` bytes; each has
@@ -71,7 +69,7 @@ class Lane:
         return b"".join(parts)
 
     def _tell_gone(self, gone: StreamGone, lanes: Sequence["Lane"]) -> bytes:
-        if self.told_gone:
+        if self.over:
             return b""
         self.place = multiplexed.TOLD_GONE
         places = [lane.place for lane in lanes]

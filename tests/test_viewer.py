@@ -537,6 +537,29 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
     assert b"secret" not in taker.body
 
 
+async def test_who_was_told_the_end_is_told_of_no_other_though_the_stream_then_goes_away(
+    hub: Hub,
+) -> None:
+    log, running = Log(), Log()
+    log.add(STARTS, *text("a"))
+    async with (
+        viewing(viewer(hub, log)) as slow,
+        viewing(several_viewer(hub, [log, running])) as of_several,
+    ):
+        await slow.has(b'{"text":"a"}')
+        slow.reading.clear()
+        log.add(ENDS)
+        await of_several.has(b"completed")
+        log.feed.end_as_gone(StreamGone("erased"))
+        slow.reading.set()
+        running.add(STARTS, ENDS)
+        for taker in (slow, of_several):
+            await taker.over.wait()
+            assert taker.ended
+            assert b"stream_gone" not in taker.body
+    assert slow.frames[-1].event == "completed"
+
+
 # Of a response.
 
 
