@@ -537,6 +537,13 @@ async def test_a_stream_that_goes_away_is_told_in_band_and_not_shown_to_its_end(
     assert b"secret" not in taker.body
 
 
+async def test_a_stream_that_went_away_while_it_was_first_read_is_told_as_gone(hub: Hub) -> None:
+    feed = Feed("id")
+    feed.end_as_gone(StreamGone("erased"))
+    async with viewing(NativeViewer(hub, feed, Cursor(1, 2), Pace(60, 60, 0))) as taker:
+        await taker.has(b"stream_gone")
+
+
 async def test_who_was_told_the_end_is_told_of_no_other_though_the_stream_then_goes_away(
     hub: Hub,
 ) -> None:
