@@ -41,7 +41,7 @@ ENDS = {
     FAILED: {"code": "upstream_failed", "message": "m", "retryable": False},
     CANCELLED: {},
 }
-TEXTS = ["%d ", "%d" + "x" * 500, "%d\ud83d", "\ude00%d"]
+TEXTS = ["%d ", "%d" + "x" * 2500, "%d\ud83d", "\ude00%d"]
 DELTAS: list[dict[str, Any]] = [
     *({"content": text} for text in TEXTS),
     {"role": "assistant", "content": ""},
@@ -239,10 +239,10 @@ def test_any_mix_of_viewers_on_one_feed_is_told_what_each_would_be_told_alone(
     cast: list[Step], steps: list[Step], last_steps: list[Step]
 ) -> None:
     with (
-        patch.object(feed_module, "FRAMES_AT_ONCE", 3),
-        patch.object(feed_module, "BYTES_AT_ONCE", 900),
+        patch.object(feed_module, "FRAMES_AT_ONCE", 4),
+        patch.object(feed_module, "BYTES_AT_ONCE", 4000),
         patch.object(multi_viewer, "EVENTS_AT_ONCE", 3),
-        patch.object(multi_viewer, "BYTES_AT_ONCE", 900),
+        patch.object(multi_viewer, "BYTES_AT_ONCE", 4000),
     ):
         asyncio.run(Mix().play([*cast, *steps, *last_steps]))
 
