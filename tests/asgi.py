@@ -58,6 +58,11 @@ class Taker:
         self.over.set()
         self._changed.set()
 
+    def go_on(self) -> None:
+        """Take again, first what has piled up: of a socket that is sent by itself."""
+        self.reading.set()
+        self._take_pending()
+
     def leave(self) -> None:
         self.leaving.set()
         # As in a server, it is lost before anybody who waits for it to take something goes on.

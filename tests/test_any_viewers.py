@@ -317,7 +317,7 @@ class Mix:
 
     async def take(self) -> None:
         for person in self._people:
-            person.taker.reading.set()
+            person.taker.go_on()
 
     async def turn(self) -> None:
         await asyncio.sleep(0)
