@@ -13,6 +13,7 @@ import httpx2
 import pytest
 from openai import AsyncOpenAI
 
+from api.wires.ui_messages import GOES_BACK
 from emulator.script import prompt
 from relay.client import Client
 from relay.events import join_text
@@ -201,10 +202,12 @@ async def test_usechat_shows_the_message_that_it_shows_without_chat_relay(
 
 
 async def shown(page: Chat, asked: str) -> Part:
-    """Status, how it finished, and the answer but for ids."""
+    """Status, how it finished, and the answer but for ids and our note of what goes back."""
     await page.done("show", [])
     state = await page.done("send", asked)
     parts = [part for message in state["messages"][1:] for part in message["parts"]]
     for part in parts:
         part.pop("id", None)
+        if part.get("providerMetadata") == GOES_BACK:
+            del part["providerMetadata"]
     return {"status": state["status"], "finished": state["finished"], "parts": parts}
