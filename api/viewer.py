@@ -84,14 +84,14 @@ class Viewer(LongResponse):
         feed = self._feed
         index = None
         while True:
-            told_the_end = feed.closed and index == len(feed.events)
-            if feed.gone is not None and not told_the_end:
-                await self._write(send, words + self.words.gone(feed.gone))
-                return
-            if index is None and feed.reaches(self._cursor):
+            if index is None and feed.gone is None and feed.reaches(self._cursor):
                 index = self._beginning()
-            # Before `over`: one that has everything gets its proper end, though it must go now.
-            if feed.ended and index == len(feed.events):
+            # First: one that has everything gets its proper end, though it must go now, and though
+            # what it has is gone.
+            if feed.closed and index == len(feed.events):
+                return
+            if feed.gone is not None:
+                await self._write(send, words + self.words.gone(feed.gone))
                 return
             if over.done():
                 await self._end_early(send, over.result())
