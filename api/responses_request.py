@@ -121,7 +121,8 @@ class CallOutputItem(_Item):
 
 
 class ReasoningItem(_Item):
-    """Taken, so that an earlier output can be sent as it came. Only some model services want it."""
+    """Taken, so that an earlier output can be sent as it came. It is no message: where the model
+    service wants it back, it stands in the one that followed from it."""
 
     type: Literal["reasoning"]
     summary: ListOf[JsonObject] = []
@@ -135,9 +136,6 @@ class ReasoningItem(_Item):
         parts = parts_of(self.content, "reasoning_text") if wanted else ()
         return "".join(text_in(part, "text") for part in parts)
 
-    def add_to(self, messages: list[JsonObject]) -> None:
-        """It is no message, but stands in the one that followed from it."""
-
 
 def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
     match parts:
@@ -149,10 +147,10 @@ def _chat_content(parts: list[Part]) -> str | list[JsonObject]:
 def _add_all(items: "list[Item]", messages: list[JsonObject]) -> None:
     thought = ""
     for item in items:
-        item.add_to(messages)
         if isinstance(item, ReasoningItem):
             thought += item.thought
             continue
+        item.add_to(messages)
         said = messages[-1]
         if thought and said["role"] == "assistant":
             said["reasoning_content"] = said.get("reasoning_content", "") + thought

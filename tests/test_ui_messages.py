@@ -340,6 +340,7 @@ USER: Part = {"role": "user", "parts": [text("Hi")]}
                 {"type": "step-start"},
                 {**THOUGHT, "text": "h"},
                 {**THOUGHT, "text": "m", "state": "done"},
+                THOUGHT,
                 {**TOOL, "state": "output-available", "output": "two"},
                 {"type": "step-start"},
                 {**THOUGHT, "text": "So."},
