@@ -30,15 +30,23 @@ class Class(NamedTuple):
     anew: Callable[[list[Event]], bytes] | None = None
     """What is said in the place of a new attempt, after these events; broken off without."""
     takes_back: bool = False
+    """Whether it tells a new attempt."""
     held: bool = False
+    """Whether it says nothing, not even its status, before the first word."""
     first: bytes = b""
+    """Before all events."""
 
 
-def _interrupted(_: list[Event]) -> bytes:
-    return chat_completions.encode_error(chat_completions.INTERRUPTED)
+def _completion(viewer: type[ChatCompletionViewer]) -> Class:
+    return Class(
+        viewer.wire,
+        lambda parts, reader: viewer(parts.hub, reader.feed, None, parts.pace),
+        chat_completions.encode_gone,
+        lambda _: chat_completions.encode_error(chat_completions.INTERRUPTED),
+        held=True,
+    )
 
 
-_said_gone = chat_completions.encode_gone
 CLASSES = {
     "native": Class(
         native.encoder,
@@ -60,30 +68,18 @@ CLASSES = {
         None,
         held=True,
     ),
-    "chat": Class(
-        chat_completions.encoder,
-        lambda parts, reader: ChatCompletionViewer(parts.hub, reader.feed, None, parts.pace),
-        _said_gone,
-        _interrupted,
-        held=True,
-    ),
-    "with usage": Class(
-        chat_completions.encoder_with_usage,
-        lambda parts, reader: WithUsage(parts.hub, reader.feed, None, parts.pace),
-        _said_gone,
-        _interrupted,
-        held=True,
-    ),
+    "chat": _completion(ChatCompletionViewer),
+    "with usage": _completion(WithUsage),
     "response": Class(
         BORN,
         lambda parts, reader: ResponseViewer(parts, reader.feed, BORN, skip=reader.skip),
-        _said_gone,
+        chat_completions.encode_gone,
         takes_back=True,
     ),
     "plain response": Class(
         BORN,
         lambda parts, reader: PlainViewer(parts, reader.feed, BORN),
-        _said_gone,
+        chat_completions.encode_gone,
         lambda events: responses.interrupted(BORN, events),
     ),
     "AI SDK": Class(

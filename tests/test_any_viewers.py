@@ -32,6 +32,7 @@ from relay.settings import Settings
 from tests.asgi import Taker
 from tests.conftest import make_log
 from tests.promised import CLASSES, WITH_CURSOR, Reader
+from tests.stage import Stage
 
 GONE = StreamGone("erased")
 OF_SEVERAL = re.compile(rb'id: (.*)\n(event.*\ndata: \{)"stream_id":"(\w+)",?(.*\n\n)')
@@ -244,16 +245,18 @@ def test_any_mix_of_viewers_on_one_feed_is_told_what_each_would_be_told_alone(
         patch.object(multi_viewer, "EVENTS_AT_ONCE", 3),
         patch.object(multi_viewer, "BYTES_AT_ONCE", 4000),
     ):
-        asyncio.run(Mix().play([*cast, *steps, *last_steps]))
+        stage = Stage()
+        with asyncio.Runner(loop_factory=lambda: stage) as runner:
+            runner.run(Mix(stage).play([*cast, *steps, *last_steps]))
 
 
 class Mix:
     """A feed and who watches it. Each step is a method."""
 
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
     async def play(self, steps: list[Step]) -> None:
-        """By a clock of its own, on which only `wait` takes time."""
-        self._now = 0.0
-        asyncio.get_running_loop().time = lambda: self._now  # type: ignore[method-assign]
         redis = Redis()
         store = make_log(redis)
         self._hub = Hub(redis, store, cache_bytes=0, retention_seconds=60)
@@ -320,11 +323,11 @@ class Mix:
             person.taker.go_on()
 
     async def turn(self) -> None:
+        """So that the next step falls between two of theirs."""
         await asyncio.sleep(0)
 
     async def rest(self) -> None:
-        for _ in range(30):
-            await asyncio.sleep(0)
+        await self._stage.rest()
         for person in self._people:
             person.check()
 
@@ -332,7 +335,7 @@ class Mix:
         """As long as who hears nothing meanwhile is told that its connection still stands."""
         await self.rest()
         before = [(p, p.beats) for p in self._people if p.attentive and p.taker.status]
-        self._now += 15
+        self._stage.now += 15
         for person in self._people:
             person.stuck_seconds += 15 * (not person.taker.reading.is_set())
         await self.rest()
